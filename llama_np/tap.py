@@ -40,7 +40,7 @@ def each(function: Callable[[np.ndarray], np.ndarray]) -> Tap:
 
 def replace(arrays: Mapping[str, np.ndarray]) -> Tap:
     """Put the given arrays in the place of the computed ones (ablation, activation patching)."""
-    return lambda name, array: arrays.get(name, array)
+    return arrays.get
 
 
 def chain(*taps: Tap) -> Tap:

@@ -1,0 +1,155 @@
+"""The key/value cache: a function that remembers.
+
+A layer hands over the keys and values of the new tokens and gets all of them back, old and new.
+Which of them a query may see is decided by positions alone, so the order of the slots, padding
+and holes do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from llama_np.config import Config
+
+Store = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+FIRST_CAPACITY = 64  # slots of a growing cache; doubled whenever they are full
+
+
+class NoCache:
+    """Remembers nothing: every forward pass stands alone."""
+
+    length = 0
+
+    def extend(self, positions: np.ndarray) -> np.ndarray:
+        """The keys that can be attended to are the new tokens' own: (B, T) -> (B, T)."""
+        return positions
+
+    def store(self, layer: int) -> Store:
+        """A function that returns its two arguments."""
+        return lambda k, v: (k, v)
+
+
+class KVCache:
+    """Rotated keys, values and positions of all tokens seen so far, for B rows.
+
+    With `capacity` the arrays are allocated once and a longer text is an error; without, they
+    grow by doubling, so that every slot is copied at most twice on average.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch: int = 1,
+        capacity: int | None = None,
+        dtype: np.typing.DTypeLike = np.float32,
+    ) -> None:
+        self.fixed = capacity is not None
+        slots = FIRST_CAPACITY if capacity is None else capacity
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [np.zeros(shape, dtype) for _ in layers]
+        self.values = [np.zeros(shape, dtype) for _ in layers]
+        self.positions = np.full((batch, slots), -1, np.int64)
+        self.length = 0
+
+    @classmethod
+    def from_pairs(cls, config: Config, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> KVCache:
+        """A cache that holds the given (key, value) pairs, one per layer, each (B, K, S, H).
+
+        The pairs are copied. Positions are taken to be 0 ... S-1, as nothing else is known.
+        Errors: ValueError for a wrong number of layers or a shape that does not fit `config`.
+        """
+        if len(pairs) != config.num_hidden_layers:
+            raise ValueError(f"{len(pairs)} key/value pairs for {config.num_hidden_layers} layers")
+        B, _, S, _ = np.shape(pairs[0][0])
+        expected = (B, config.num_key_value_heads, S, config.head_dim)
+        cache = cls(config, B, dtype=pairs[0][0].dtype)
+        cache.extend(np.broadcast_to(np.arange(S), (B, S)))
+        for layer, (k, v) in enumerate(pairs):
+            for array in (k, v):
+                if np.shape(array) != expected:
+                    raise ValueError(f"cached array {np.shape(array)}, expected {expected}")
+            cache.store(layer)(k, v)
+        return cache
+
+    @property
+    def batch(self) -> int:
+        """B, the number of rows."""
+        return self.positions.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """How many slots are allocated."""
+        return self.positions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken by keys and values."""
+        return sum(array.nbytes for array in [*self.keys, *self.values])
+
+    def extend(self, positions: np.ndarray) -> np.ndarray:
+        """Reserve slots for new tokens at `positions` (B, T); returns all positions (B, S).
+
+        Errors: ValueError when the rows do not match or a preallocated cache is full.
+        """
+        B, T = positions.shape
+        if self.batch != B:
+            raise ValueError(f"the cache holds {self.batch} rows, the input has {B}")
+        start, self.length = self.length, self.length + T
+        if self.length > self.capacity:
+            self._grow(start)
+        self.positions[:, start : self.length] = positions
+        self._new = slice(start, self.length)
+        return self.positions[:, : self.length]
+
+    def store(self, layer: int) -> Store:
+        """The function that remembers one layer's new keys and values, each (B, K, T, H)."""
+
+        def store(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            keys, values = self.keys[layer], self.values[layer]
+            keys[:, :, self._new] = k
+            values[:, :, self._new] = v
+            return keys[:, :, : self.length], values[:, :, : self.length]
+
+        return store
+
+    def _grow(self, used: int) -> None:
+        if self.fixed:
+            needed, self.length = self.length, used
+            raise ValueError(f"the cache has room for {self.capacity} tokens, {needed} are needed")
+        wanted = max(2 * self.capacity, self.length)
+        self.keys = [_widen_slots(array, used, wanted) for array in self.keys]
+        self.values = [_widen_slots(array, used, wanted) for array in self.values]
+        positions = np.full((self.batch, wanted), -1, np.int64)
+        positions[:, :used] = self.positions[:, :used]
+        self.positions = positions
+
+    def select(self, rows: np.ndarray) -> None:
+        """Keep the given rows, in the given order; a row may be taken more than once."""
+        self.keys = [array[rows] for array in self.keys]
+        self.values = [array[rows] for array in self.values]
+        self.positions = self.positions[rows]
+
+    def crop(self, length: int) -> None:
+        """Forget every slot from `length` on."""
+        self.length = min(self.length, length)
+        self.positions[:, self.length :] = -1
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (self[layer] for layer in range(len(self)))
+
+
+def _widen_slots(array: np.ndarray, used: int, wanted: int) -> np.ndarray:
+    B, K, _, H = array.shape
+    wide = np.zeros((B, K, wanted, H), array.dtype)
+    wide[:, :, :used] = array[:, :, :used]
+    return wide

@@ -1,0 +1,120 @@
+"""The whole model: tokens in, hidden states, logits or class scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llama_np import rope
+from llama_np.cache import KVCache, NoCache
+from llama_np.config import Config
+from llama_np.layers import decoder_layer, embed, project, rms_norm
+from llama_np.tap import NO_TAP, Tap, within
+
+ModelWeights = Mapping[str, Any]  # arrays, and one mapping of arrays for each "model.layers.{i}"
+
+
+def hidden_states(
+    tokens: np.ndarray,
+    weights: ModelWeights,
+    config: Config,
+    cache: KVCache | None = None,
+    positions: np.ndarray | None = None,
+    visible: np.ndarray | None = None,
+    tap: Tap = NO_TAP,
+) -> np.ndarray:
+    """Run the model up to its final norm: (B, T) -> (B, T, D).
+
+    positions (B, T): integers, negative = padding; by default they continue the cache.
+    visible (B, 1, T, S): which key each query sees; by default every key at the same or an
+    earlier position that is not padding.
+    Errors: IndexError for an id outside the vocabulary; TypeError for ids that are not integers.
+    """
+    ids = check_tokens(tokens, config.vocab_size)  # (B, T)
+    embedded = embed(ids, weights["model.embed_tokens.weight"])  # (B, T, D)
+    embedded = tap("model.embed_tokens", embedded)
+    return transform(embedded, weights, config, cache, positions, visible, tap)  # (B, T, D)
+
+
+def transform(
+    embedded: np.ndarray,
+    weights: ModelWeights,
+    config: Config,
+    cache: KVCache | None = None,
+    positions: np.ndarray | None = None,
+    visible: np.ndarray | None = None,
+    tap: Tap = NO_TAP,
+) -> np.ndarray:
+    """Everything after the embedding: (B, T, D) -> (B, T, D). Arguments as `hidden_states`."""
+    memory = NoCache() if cache is None else cache
+    positions = _positions(positions, embedded.shape[:2], memory.length)  # (B, T)
+    key_positions = memory.extend(positions)  # (B, S)
+    length = key_positions.max(axis=1, keepdims=True, initial=-1) + 1  # (B, 1)
+    if visible is None:
+        visible = causal(positions, key_positions)  # (B, 1, T, S)
+    else:
+        length = np.full((1, 1), visible.shape[-1])  # (1, 1)
+    rotations = rope.tables(positions, length, config, embedded.dtype, tap)
+    x = embedded
+    for i in range(config.num_hidden_layers):
+        name = f"model.layers.{i}"
+        inside = within(name + ".", tap)
+        output = decoder_layer(
+            x, weights[name], rotations, visible, config, memory.store(i), inside
+        )
+        x = tap(name, output)
+    return rms_norm("model.norm", x, weights, config.rms_norm_eps, tap)  # (B, T, D)
+
+
+def causal(positions: np.ndarray, key_positions: np.ndarray) -> np.ndarray:
+    """Who sees whom: (B, T) queries, (B, S) keys -> (B, 1, T, S).
+
+    One comparison is the causal mask, the offset of cached tokens and the padding at once.
+    """
+    queries, keys = positions[:, None, :, None], key_positions[:, None, None, :]
+    return (keys >= 0) & (keys <= queries)  # (B, 1, T, S)
+
+
+def logits(hidden: np.ndarray, weights: ModelWeights, tap: Tap = NO_TAP) -> np.ndarray:
+    """One score per word of the vocabulary: (B, T, D) -> (B, T, V)."""
+    return project("lm_head", hidden, weights, tap)  # (B, T, V)
+
+
+def classify(
+    tokens: np.ndarray,
+    weights: ModelWeights,
+    config: Config,
+    positions: np.ndarray | None = None,
+    tap: Tap = NO_TAP,
+) -> np.ndarray:
+    """One score per class, read at each row's last token: (B, T) -> (B, C).
+
+    The last token is the one at the highest position, so padding may stand on either side.
+    """
+    B, T = np.shape(tokens)
+    positions = _positions(positions, (B, T), start=0)  # (B, T)
+    hidden = hidden_states(tokens, weights, config, positions=positions, tap=tap)  # (B, T, D)
+    last = hidden[np.arange(B), positions.argmax(axis=1)]  # (B, D)
+    return project("score", last, weights, tap)  # (B, C)
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Token ids as a (B, T) integer array; NumPy alone would let -1 mean the last word."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 2:
+        raise ValueError(f"token ids have shape {ids.shape}, expected (B, T)")
+    if not np.issubdtype(ids.dtype, np.integer) and ids.size:
+        raise TypeError(f"token ids are {ids.dtype}, expected integers")
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+    return ids.astype(np.int64, copy=False)
+
+
+def _positions(positions: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
+    """The given positions as (B, T), or start, start + 1, ... for every row."""
+    if positions is None:
+        positions = np.arange(start, start + shape[1])
+    return np.broadcast_to(np.asarray(positions), shape)

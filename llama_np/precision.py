@@ -1,0 +1,70 @@
+"""Number formats that NumPy lacks: bfloat16 and the two 8-bit floats, as bits and as float32."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def widen_bf16(bits: np.ndarray) -> np.ndarray:
+    """Turn bfloat16 bits (uint16) into the float32 numbers that they stand for, exactly.
+
+    A bfloat16 is the upper half of a float32: same sign, same exponent, 7 bits of fraction.
+    """
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, ties to even; returns the bits (uint16).
+
+    NaN stays NaN, and what rounds beyond the largest bfloat16 becomes infinity (IEEE 754).
+    """
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(x), quiet_nan, rounded).astype(np.uint16)
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest bfloat16 value and keep the dtype (float64 goes through float32)."""
+    return widen_bf16(to_bf16(x)).astype(x.dtype, copy=False)
+
+
+def round_f16(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest float16 value and keep the dtype; beyond 65504 becomes infinity."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(x.dtype, copy=False)
+
+
+def _float8_table(exponent_bits: int, has_infinity: bool) -> np.ndarray:
+    """The 256 values of an 8-bit float with the given number of exponent bits, as float32."""
+    fraction_bits = 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    code = np.arange(256)
+    sign = np.where(code & 0x80, -1.0, 1.0)
+    exponent = (code >> fraction_bits) & (2**exponent_bits - 1)
+    fraction = (code & (2**fraction_bits - 1)) / 2**fraction_bits
+    normal = (1 + fraction) * 2.0 ** (exponent - bias)
+    values = sign * np.where(exponent == 0, fraction * 2.0 ** (1 - bias), normal)
+    top = exponent == 2**exponent_bits - 1
+    if has_infinity:
+        values[top] = np.where(fraction[top] == 0, sign[top] * np.inf, np.nan)
+    else:  # E4M3FN spends the top exponent on numbers and keeps one NaN of each sign
+        values[(code & 0x7F) == 0x7F] = np.nan
+    return values.astype(np.float32)
+
+
+FLOAT8_E4M3 = _float8_table(exponent_bits=4, has_infinity=False)
+FLOAT8_E5M2 = _float8_table(exponent_bits=5, has_infinity=True)
+
+
+def is_bf16(array: np.ndarray) -> bool:
+    """True for weights that rest as bfloat16 bits: uint16 is used for nothing else here."""
+    return array.dtype == np.uint16
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """Return the array as it is, or as float32 when it rests as bfloat16 bits."""
+    return widen_bf16(array) if is_bf16(array) else array
