@@ -120,10 +120,13 @@ class KVCache:
         if self.fixed:
             needed, self.length = self.length, used
             raise ValueError(f"the cache has room for {self.capacity} tokens, {needed} are needed")
-        wanted = max(2 * self.capacity, self.length)
-        self.keys = [_widen_slots(array, used, wanted) for array in self.keys]
-        self.values = [_widen_slots(array, used, wanted) for array in self.values]
-        positions = np.full((self.batch, wanted), -1, np.int64)
+        self._reallocate(max(2 * self.capacity, self.length), used)
+
+    def _reallocate(self, slots: int, used: int | None = None) -> None:
+        used = self.length if used is None else used
+        self.keys = [_widen_slots(array, used, slots) for array in self.keys]
+        self.values = [_widen_slots(array, used, slots) for array in self.values]
+        positions = np.full((self.batch, slots), -1, np.int64)
         positions[:, :used] = self.positions[:, :used]
         self.positions = positions
 
@@ -132,6 +135,30 @@ class KVCache:
         self.keys = [array[rows] for array in self.keys]
         self.values = [array[rows] for array in self.values]
         self.positions = self.positions[rows]
+
+    def join(self, other: KVCache) -> None:
+        """Put the rows of another cache below this one's."""
+        slots = max(self.length, other.length)
+        for cache in (self, other):
+            if cache.capacity < slots:
+                cache._reallocate(slots)
+        self.keys = [_stack(a, b) for a, b in zip(self.keys, other.keys, strict=True)]
+        self.values = [_stack(a, b) for a, b in zip(self.values, other.values, strict=True)]
+        self.positions = _stack(self.positions, other.positions)
+        self.length = slots
+
+    def compact_if_sparse(self) -> None:
+        """Close the gaps once no row fills half of the slots, as when a long row has left."""
+        filled = int((self.positions[:, : self.length] >= 0).sum(axis=1).max(initial=0))
+        if 2 * filled >= self.length or self.length < FIRST_CAPACITY:
+            return
+        order = np.argsort(self.positions < 0, axis=1, kind="stable")
+        index = order[:, None, :filled, None]
+        for arrays in (self.keys, self.values):
+            for array in arrays:
+                array[:, :, :filled] = np.take_along_axis(array, index, axis=2)
+        self.positions = np.take_along_axis(self.positions, order, axis=1)
+        self.length = filled
 
     def crop(self, length: int) -> None:
         """Forget every slot from `length` on."""
@@ -153,3 +180,11 @@ def _widen_slots(array: np.ndarray, used: int, wanted: int) -> np.ndarray:
     wide = np.zeros((B, K, wanted, H), array.dtype)
     wide[:, :, :used] = array[:, :, :used]
     return wide
+
+
+def _stack(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Rows of both caches, cut to the slots that both have."""
+    axis = above.ndim - 2 if above.ndim == 4 else 1
+    slots = min(above.shape[axis], below.shape[axis])
+    cut = (slice(None),) * axis + (slice(slots),)
+    return np.concatenate([above[cut], below[cut]])

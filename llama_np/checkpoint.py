@@ -202,7 +202,7 @@ def _check_memory(
 ) -> None:
     """Errors: MemoryError with the estimate, if the widened weights would not fit."""
     limit = physical_memory() * 9 // 10 if max_bytes is None else max_bytes
-    needed = sum(_resident_bytes(name, tensor, dtype) for name, tensor in stored.items())
+    needed = sum(resident_bytes(tensor, dtype) for tensor in stored.values())
     if limit and needed > limit:
         raise MemoryError(
             f"{str(path)!r} needs about {needed / 1e9:.1f} GB as {np.dtype(dtype)}"
@@ -219,13 +219,14 @@ def physical_memory() -> int:
         return 0
 
 
-def _resident_bytes(name: str, tensor: Stored, dtype: Any) -> int:
+def resident_bytes(tensor: Stored, dtype: Any) -> int:
     """Bytes that loading this tensor allocates: none when it stays in the file."""
-    stays = _rests_as_bf16(tensor, dtype) or tensor.array.dtype == _compute_dtype(dtype)
-    return 0 if stays else tensor.array.size * _compute_dtype(dtype).itemsize
+    stays = _rests_as_bf16(tensor, dtype) or tensor.array.dtype == compute_dtype(dtype)
+    return 0 if stays else tensor.array.size * compute_dtype(dtype).itemsize
 
 
-def _compute_dtype(dtype: Any) -> np.dtype:
+def compute_dtype(dtype: Any) -> np.dtype:
+    """The dtype of activations: float32 also when the weights rest as bfloat16."""
     if isinstance(dtype, str) and dtype == "bfloat16":
         return np.dtype(np.float32)
     chosen = np.dtype(dtype)
@@ -244,7 +245,7 @@ def _as_dtype(name: str, tensor: Stored, dtype: Any) -> np.ndarray:
         raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, expected numbers")
     if _rests_as_bf16(tensor, dtype):
         return tensor.array if tensor.dtype == "BF16" else to_bf16(tensor.widened())
-    return tensor.widened().astype(_compute_dtype(dtype), copy=False)
+    return tensor.widened().astype(compute_dtype(dtype), copy=False)
 
 
 def _check_finite(stored: Mapping[str, Stored], path: Path) -> None:

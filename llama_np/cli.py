@@ -1,0 +1,377 @@
+"""The command `llama-np`.
+
+Standard output carries the text, or with --json one JSON object; everything else goes to
+standard error. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_np import __version__
+from llama_np.terminal import Progress, note, visible, write
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `llama-np generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as problem:
+        if args.debug:
+            raise
+        note(f"llama-np: error: {one_line(problem)}")
+        return 1
+
+
+def one_line(problem: BaseException) -> str:
+    """An exception as one line for people."""
+    if isinstance(problem, OSError) and problem.strerror:
+        name = f": {problem.filename!r}" if problem.filename is not None else ""
+        return visible(f"{problem.strerror}{name}")
+    text = " ".join(str(problem).split())
+    return visible(text or type(problem).__name__)
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    note(f"llama-np: warning: {visible(str(message))}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="llama-np", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_tokenize(commands)
+    _add_classify(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that loads a model."""
+    parser.add_argument(
+        "-m", "--model", default="fairytales", help="checkpoint (default: the bundled fairytales)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
+    parser.add_argument("-t", "--threads", type=_positive, help="threads of the matrix products")
+    parser.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how tokens are chosen."""
+    parser.add_argument("-n", "--max-tokens", type=int, default=256)
+    parser.add_argument("--temp", "--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repeat-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="drawn and reported when left out")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a text")
+    parser.add_argument("prompt", nargs="?", help="'-' or nothing: read standard input")
+    parser.add_argument("--prompts", metavar="FILE", help="decode all lines as one batch")
+    add_model_options(parser)
+    add_sampling_options(parser)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--no-stream", action="store_true", help="print the text when it is done")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no statistics")
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`llama-np generate`."""
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs needs --json")
+    if args.prompts is not None and args.prompt is not None:
+        raise ValueError("give a prompt or --prompts FILE, not both")
+    prompts = _read_prompts(args)
+    started = time.perf_counter()
+    session = Session(args)
+    loaded = time.perf_counter() - started
+    if args.prompts is not None:
+        return session.run_batch(prompts)
+    if sys.stdout.isatty() and sys.stderr.isatty() and not args.json:
+        write(prompts[0], sys.stderr)
+    return session.run_single(prompts[0], loaded)
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts is not None:
+        lines = Path(args.prompts).read_text("utf-8").splitlines()
+        if not any(lines):
+            raise ValueError(f"{args.prompts!r} holds no prompt")
+        return [line for line in lines if line]
+    if args.prompt in (None, "-"):
+        if args.prompt is None and sys.stdin.isatty():
+            raise ValueError("no prompt: give one, or '-' to type it")
+        return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+    return [args.prompt]
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The configuration and the weights that the options ask for."""
+    from llama_np.checkpoint import load
+
+    return load(args.model, args.dtype, mmap=not args.no_mmap)
+
+
+class Session:
+    """A loaded model and tokenizer with the options of `generate`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from llama_np.checkpoint import locate
+        from llama_np.sampling import Sampling
+        from llama_np.threads import limit_threads
+        from llama_np.tokenizer import check_vocabulary, load_tokenizer
+
+        self.args = args
+        self.sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty)
+        limit_threads(args.threads)
+        self.config, self.weights = load_model(args)
+        self.tokenizer = load_tokenizer(locate(args.model))
+        check_vocabulary(self.tokenizer, self.config.vocab_size)
+        self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+
+    def tokens(self, prompts: list[str]) -> tuple[list[list[int]], Iterator[Any]]:
+        """The encoded prompts, and the tokens that the model continues them with."""
+        from llama_np.generate import stream
+
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        stops = {*self.config.eos_token_id, *self.tokenizer.eos_ids}
+        return ids, stream(
+            ids,
+            self.weights,
+            self.config,
+            max_new_tokens=self.args.max_tokens,
+            sampling=self.sampling,
+            seeds=[self.seed + i for i in range(len(ids))],
+            stop_ids=[] if self.args.ignore_eos else sorted(stops),
+            stop_strings=self.args.stop,
+            tokenizer=self.tokenizer,
+            logprobs=self.args.logprobs,
+        )
+
+    def run_single(self, prompt: str, loaded: float) -> int:
+        """One prompt: show the text as it appears, or one JSON object."""
+        args = self.args
+        clock = Clock(loaded)
+        (ids,), tokens = self.tokens([prompt])
+        result = new_result(ids, self.seed)
+        try:
+            for token in tokens:
+                clock.tick()
+                add_to_result(result, token)
+                if not (args.json or args.no_stream):
+                    write(token.text)
+        except KeyboardInterrupt:
+            write("\n")
+            raise
+        result["timings"] = clock.timings(len(ids), len(result["token_ids"]))
+        if args.json:
+            write(json.dumps(result, ensure_ascii=False) + "\n")
+        else:
+            write((result["text"] if args.no_stream else "") + "\n")
+        if not args.quiet:
+            note(statistics(result, self.sampling.temperature))
+        return 0
+
+    def run_batch(self, prompts: list[str]) -> int:
+        """Many prompts as one ragged batch: one JSON line each, in the order of the prompts."""
+        started = time.perf_counter()
+        ids, tokens = self.tokens(prompts)
+        results = [
+            {"prompt": prompt} | new_result(row, self.seed + i)
+            for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
+        ]
+        progress = Progress("prompts", len(prompts))
+        printed = 0
+        for token in tokens:
+            add_to_result(results[token.row], token)
+            progress.advance(token.finish_reason is not None)
+            while printed < len(results) and results[printed]["finish_reason"]:
+                write(json.dumps(results[printed], ensure_ascii=False) + "\n")
+                printed += 1
+        seconds = time.perf_counter() - started
+        count = sum(len(result["token_ids"]) for result in results)
+        if not self.args.quiet:
+            note(f"{len(prompts)} prompts, {count} tokens, {count / seconds:.1f} tokens/s")
+        return 0
+
+
+def new_result(prompt_ids: list[int], seed: int) -> dict[str, Any]:
+    """The JSON object of one prompt before its first token."""
+    return {
+        "text": "",
+        "token_ids": [],
+        "prompt_token_ids": prompt_ids,
+        "finish_reason": None,
+        "seed": seed,
+    }
+
+
+def add_to_result(result: dict[str, Any], token: Any) -> None:
+    """Let a result grow by one token."""
+    result["text"] += token.text
+    result["finish_reason"] = token.finish_reason
+    if token.id is not None:
+        result["token_ids"].append(token.id)
+    if token.logprob is not None:
+        top = [{"id": i, "logprob": p} for i, p in token.top_logprobs]
+        entry = {"id": token.id, "logprob": token.logprob, "top_logprobs": top}
+        result.setdefault("logprobs", []).append(entry)
+
+
+class Clock:
+    """Measures loading, the prompt and the decoding apart."""
+
+    def __init__(self, load_seconds: float) -> None:
+        self.load_seconds = load_seconds
+        self.start = time.perf_counter()
+        self.first = self.last = self.start
+
+    def tick(self) -> None:
+        """A token has arrived."""
+        self.last = time.perf_counter()
+        if self.first == self.start:
+            self.first = self.last
+
+    def timings(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        """Seconds, and tokens per second; the first token belongs to the prompt."""
+        prompt, decode = self.first - self.start, self.last - self.first
+        return {
+            "load_seconds": round(self.load_seconds, 4),
+            "prompt_seconds": round(prompt, 4),
+            "decode_seconds": round(decode, 4),
+            "prompt_tokens_per_second": round(prompt_tokens / prompt, 2) if prompt else 0.0,
+            "decode_tokens_per_second": round((new_tokens - 1) / decode, 2) if decode else 0.0,
+        }
+
+
+def statistics(result: dict[str, Any], temperature: float) -> str:
+    """One line about a finished run."""
+    timings = result["timings"]
+    parts = [
+        f"prompt {len(result['prompt_token_ids'])} tokens"
+        f" {timings['prompt_tokens_per_second']:.0f}/s",
+        f"generated {len(result['token_ids'])} tokens {timings['decode_tokens_per_second']:.0f}/s",
+        f"loaded in {timings['load_seconds']:.2f} s",
+    ]
+    if temperature:
+        parts.append(f"seed {result['seed']}")
+    return " | ".join([*parts, f"end: {result['finish_reason']}"])
+
+
+def _add_tokenize(commands: Any) -> None:
+    parser = commands.add_parser("tokenize", help="show the tokens of a text")
+    parser.add_argument("text", help="'-': read standard input")
+    parser.add_argument("-m", "--model", default="fairytales")
+    parser.add_argument("--no-bos", action="store_true", help="without the begin-of-text token")
+    parser.add_argument("--special", action="store_true", help="let <s> mean the token, not text")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run_tokenize)
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    """`llama-np tokenize`."""
+    from llama_np.checkpoint import locate
+    from llama_np.tokenizer import load_tokenizer
+
+    text = sys.stdin.buffer.read().decode("utf-8") if args.text == "-" else args.text
+    tokenizer = load_tokenizer(locate(args.model))
+    ids = tokenizer.encode(text, bos=not args.no_bos, special=args.special)
+    tokens = tokenizer.tokens(ids)
+    if args.json:
+        write(json.dumps({"ids": ids, "tokens": tokens}, ensure_ascii=False) + "\n")
+    else:
+        width = len(str(max(ids, default=0)))
+        rows = zip(ids, tokens, strict=True)
+        write("".join(f"{index:>{width}}  {token}\n" for index, token in rows))
+    return 0
+
+
+def _add_classify(commands: Any) -> None:
+    parser = commands.add_parser("classify", help="which class a text belongs to")
+    parser.add_argument("text", nargs="?", help="'-' or nothing: read standard input")
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run_classify)
+
+
+def run_classify(args: argparse.Namespace) -> int:
+    """`llama-np classify`."""
+    import numpy as np
+
+    from llama_np.checkpoint import locate
+    from llama_np.layers import softmax
+    from llama_np.model import classify
+    from llama_np.tokenizer import load_tokenizer
+
+    args.prompts, args.prompt = None, args.text
+    (text,) = _read_prompts(args)
+    config, weights = load_model(args)
+    if "score.weight" not in weights:
+        raise ValueError(f"{args.model!r} has no classification head (score.weight)")
+    ids = load_tokenizer(locate(args.model)).encode(text)
+    (scores,) = classify(np.array([ids]), weights, config)
+    chances = {config.id2label[i]: float(p) for i, p in enumerate(softmax(scores))}
+    best = max(chances, key=lambda label: chances[label])
+    if args.json:
+        answer = {"label": best, "probabilities": chances, "token_ids": ids}
+        write(json.dumps(answer, ensure_ascii=False) + "\n")
+    else:
+        ranked = sorted(chances.items(), key=lambda item: -item[1])
+        write("".join(f"{chance:6.1%}  {label}\n" for label, chance in ranked))
+    return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="sizes, dtypes and configuration of a checkpoint")
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL")
+    add_model_options(parser)
+    parser.add_argument("--check", action="store_true", help="look for NaN and infinity")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`llama-np inspect`."""
+    from llama_np.checkpoint import load
+    from llama_np.inspection import describe, table
+
+    model = args.model_argument or args.model
+    if args.check:
+        load(model, args.dtype, check_finite=True)
+    summary = describe(model, args.dtype)
+    write((json.dumps(summary) if args.json else table(summary)) + "\n")
+    return 0
