@@ -21,7 +21,9 @@ FIRST_CAPACITY = 64  # slots of a growing cache; doubled whenever they are full
 class NoCache:
     """Remembers nothing: every forward pass stands alone."""
 
-    length = 0
+    def continuation(self, B: int, T: int) -> np.ndarray:
+        """Every text starts at position 0: (B, T)."""
+        return np.broadcast_to(np.arange(T), (B, T))
 
     def extend(self, positions: np.ndarray) -> np.ndarray:
         """The keys that can be attended to are the new tokens' own: (B, T) -> (B, T)."""
@@ -90,14 +92,26 @@ class KVCache:
         """Bytes taken by keys and values."""
         return sum(array.nbytes for array in [*self.keys, *self.values])
 
+    def continuation(self, B: int, T: int) -> np.ndarray:
+        """Positions of T more tokens: every row goes on where its own text ended, (B, T).
+
+        Errors: ValueError when the rows do not match.
+        """
+        self._check_rows(B)
+        ends = self.positions[:, : self.length].max(axis=1, keepdims=True, initial=-1)
+        return ends + np.arange(1, T + 1)
+
+    def _check_rows(self, B: int) -> None:
+        if self.batch != B:
+            raise ValueError(f"the cache holds {self.batch} rows, the input has {B}")
+
     def extend(self, positions: np.ndarray) -> np.ndarray:
         """Reserve slots for new tokens at `positions` (B, T); returns all positions (B, S).
 
         Errors: ValueError when the rows do not match or a preallocated cache is full.
         """
         B, T = positions.shape
-        if self.batch != B:
-            raise ValueError(f"the cache holds {self.batch} rows, the input has {B}")
+        self._check_rows(B)
         start, self.length = self.length, self.length + T
         if self.length > self.capacity:
             self._grow(start)
@@ -106,10 +120,15 @@ class KVCache:
         return self.positions[:, : self.length]
 
     def store(self, layer: int) -> Store:
-        """The function that remembers one layer's new keys and values, each (B, K, T, H)."""
+        """The function that remembers one layer's new keys and values, each (B, K, T, H).
+
+        Errors: ValueError for another dtype than the cache's, which would round silently.
+        """
 
         def store(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             keys, values = self.keys[layer], self.values[layer]
+            if k.dtype != keys.dtype:
+                raise ValueError(f"the cache holds {keys.dtype}, the model computes in {k.dtype}")
             keys[:, :, self._new] = k
             values[:, :, self._new] = v
             return keys[:, :, : self.length], values[:, :, : self.length]
@@ -162,6 +181,8 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forget every slot from `length` on."""
+        if length < 0:
+            raise ValueError(f"crop to {length} tokens: expected 0 or more")
         self.length = min(self.length, length)
         self.positions[:, self.length :] = -1
 

@@ -49,7 +49,7 @@ def transform(
 ) -> np.ndarray:
     """Everything after the embedding: (B, T, D) -> (B, T, D). Arguments as `hidden_states`."""
     memory = NoCache() if cache is None else cache
-    positions = _positions(positions, embedded.shape[:2], memory.length)  # (B, T)
+    positions = _positions(positions, embedded.shape[:2], memory)  # (B, T)
     key_positions = memory.extend(positions)  # (B, S)
     length = key_positions.max(axis=1, keepdims=True, initial=-1) + 1  # (B, 1)
     if visible is None:
@@ -94,7 +94,7 @@ def classify(
     The last token is the one at the highest position, so padding may stand on either side.
     """
     B, T = np.shape(tokens)
-    positions = _positions(positions, (B, T), start=0)  # (B, T)
+    positions = _positions(positions, (B, T), NoCache())  # (B, T)
     hidden = hidden_states(tokens, weights, config, positions=positions, tap=tap)  # (B, T, D)
     last = hidden[np.arange(B), positions.argmax(axis=1)]  # (B, D)
     return project("score", last, weights, tap)  # (B, C)
@@ -113,8 +113,13 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int64, copy=False)
 
 
-def _positions(positions: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
-    """The given positions as (B, T), or start, start + 1, ... for every row."""
+def _positions(
+    positions: np.ndarray | None, shape: tuple[int, ...], memory: NoCache | KVCache
+) -> np.ndarray:
+    """The given positions as (B, T) integers, or those that continue what is remembered."""
     if positions is None:
-        positions = np.arange(start, start + shape[1])
-    return np.broadcast_to(np.asarray(positions), shape)
+        return memory.continuation(*shape)
+    given = np.asarray(positions)
+    if not np.issubdtype(given.dtype, np.integer) and given.size:
+        raise TypeError(f"positions are {given.dtype}, expected integers")
+    return np.broadcast_to(given.astype(np.int64, copy=False), shape)
