@@ -3,10 +3,23 @@
 from importlib.metadata import version
 
 from llama_np.cache import KVCache
-from llama_np.checkpoint import load
+from llama_np.checkpoint import load, load_tokenizer
 from llama_np.config import Config
+from llama_np.generate import generate, stream
 from llama_np.model import classify, hidden_states, logits
+from llama_np.sampling import Sampling
 
 __version__ = version("llama_np")
 
-__all__ = ["Config", "KVCache", "classify", "hidden_states", "load", "logits"]
+__all__ = [
+    "Config",
+    "KVCache",
+    "Sampling",
+    "classify",
+    "generate",
+    "hidden_states",
+    "load",
+    "load_tokenizer",
+    "logits",
+    "stream",
+]

@@ -13,6 +13,8 @@ import numpy as np
 from llama_np.config import Config, read_config, read_json
 from llama_np.errors import CheckpointError
 from llama_np.precision import to_bf16
+from llama_np.tokenizer import Tokenizer
+from llama_np.tokenizer import load_tokenizer as open_tokenizer
 from llama_np.weights import Stored, read_tensors
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -47,6 +49,14 @@ def load(
         _check_finite(stored, path)
     arrays = {name: _as_dtype(name, tensor, dtype) for name, tensor in stored.items()}
     return config, group_by_layer(arrays, config)
+
+
+def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
+    """The tokenizer of a checkpoint; names as in `load`.
+
+    Errors: OSError; TokenizerError for a malformed file.
+    """
+    return open_tokenizer(locate(name))
 
 
 def locate(name: str | os.PathLike[str]) -> Path:

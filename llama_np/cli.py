@@ -150,16 +150,16 @@ class Session:
     """A loaded model and tokenizer with the options of `generate`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from llama_np.checkpoint import locate
+        from llama_np.checkpoint import load_tokenizer
         from llama_np.sampling import Sampling
         from llama_np.threads import limit_threads
-        from llama_np.tokenizer import check_vocabulary, load_tokenizer
+        from llama_np.tokenizer import check_vocabulary
 
         self.args = args
         self.sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty)
         limit_threads(args.threads)
         self.config, self.weights = load_model(args)
-        self.tokenizer = load_tokenizer(locate(args.model))
+        self.tokenizer = load_tokenizer(args.model)
         check_vocabulary(self.tokenizer, self.config.vocab_size)
         self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
 
@@ -281,10 +281,10 @@ class Clock:
 def statistics(result: dict[str, Any], temperature: float) -> str:
     """One line about a finished run."""
     timings = result["timings"]
+    read, written = len(result["prompt_token_ids"]), len(result["token_ids"])
     parts = [
-        f"prompt {len(result['prompt_token_ids'])} tokens"
-        f" {timings['prompt_tokens_per_second']:.0f}/s",
-        f"generated {len(result['token_ids'])} tokens {timings['decode_tokens_per_second']:.0f}/s",
+        f"prompt {read} tokens {timings['prompt_tokens_per_second']:.0f}/s",
+        f"text {written} tokens {timings['decode_tokens_per_second']:.0f}/s",
         f"loaded in {timings['load_seconds']:.2f} s",
     ]
     if temperature:
@@ -304,11 +304,10 @@ def _add_tokenize(commands: Any) -> None:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """`llama-np tokenize`."""
-    from llama_np.checkpoint import locate
-    from llama_np.tokenizer import load_tokenizer
+    from llama_np.checkpoint import load_tokenizer
 
     text = sys.stdin.buffer.read().decode("utf-8") if args.text == "-" else args.text
-    tokenizer = load_tokenizer(locate(args.model))
+    tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(text, bos=not args.no_bos, special=args.special)
     tokens = tokenizer.tokens(ids)
     if args.json:
@@ -332,17 +331,16 @@ def run_classify(args: argparse.Namespace) -> int:
     """`llama-np classify`."""
     import numpy as np
 
-    from llama_np.checkpoint import locate
+    from llama_np.checkpoint import load_tokenizer
     from llama_np.layers import softmax
     from llama_np.model import classify
-    from llama_np.tokenizer import load_tokenizer
 
     args.prompts, args.prompt = None, args.text
     (text,) = _read_prompts(args)
     config, weights = load_model(args)
     if "score.weight" not in weights:
         raise ValueError(f"{args.model!r} has no classification head (score.weight)")
-    ids = load_tokenizer(locate(args.model)).encode(text)
+    ids = load_tokenizer(args.model).encode(text)
     (scores,) = classify(np.array([ids]), weights, config)
     chances = {config.id2label[i]: float(p) for i, p in enumerate(softmax(scores))}
     best = max(chances, key=lambda label: chances[label])

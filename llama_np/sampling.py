@@ -6,6 +6,7 @@ Ties and boundaries follow transformers 4.37.2, so that the Hugging Face classes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +43,10 @@ class Sampling:
 
 def check_number(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """Errors: TypeError for another type (bool included), ValueError for NaN and infinity."""
-    if isinstance(value, bool) or not isinstance(value, (*kinds, np.integer, np.floating)):
+    allowed = (*kinds, np.integer) if float not in kinds else (*kinds, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, allowed):
         raise TypeError(f"{name} = {value!r}: expected a number ({kinds[-1].__name__})")
-    if not np.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} = {value!r}: expected a finite number")
 
 
