@@ -6,6 +6,14 @@ from llama_np.cache import KVCache
 from llama_np.checkpoint import load, load_tokenizer
 from llama_np.config import Config
 from llama_np.generate import generate, stream
+from llama_np.hf import (
+    FlaxLlamaForCausalLM,
+    FlaxLlamaModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
+from llama_np.hf_config import LlamaConfig
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
 
@@ -13,7 +21,13 @@ __version__ = version("llama_np")
 
 __all__ = [
     "Config",
+    "FlaxLlamaForCausalLM",
+    "FlaxLlamaModel",
     "KVCache",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaForSequenceClassification",
+    "LlamaModel",
     "Sampling",
     "classify",
     "generate",
