@@ -60,11 +60,8 @@ def transform(
     x = embedded
     for i in range(config.num_hidden_layers):
         name = f"model.layers.{i}"
-        inside = within(name + ".", tap)
-        output = decoder_layer(
-            x, weights[name], rotations, visible, config, memory.store(i), inside
-        )
-        x = tap(name, output)
+        inside, store = within(name + ".", tap), memory.store(i)
+        x = tap(name, decoder_layer(x, weights[name], rotations, visible, config, store, inside))
     return rms_norm("model.norm", x, weights, config.rms_norm_eps, tap)  # (B, T, D)
 
 

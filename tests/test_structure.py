@@ -1,0 +1,231 @@
+"""The layout that the package promises: levels, lengths, one language for all commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+import llama_np
+
+PACKAGE = Path(llama_np.__file__).parent
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from lower levels: 0 knows nothing of the model, 6 is what people touch.
+LEVELS = {
+    0: "activations config errors precision tap terminal",
+    1: "cache linear rope threads tokenizer weights",
+    2: "chat_template layers",
+    3: "checkpoint losses model sampling",
+    4: "generate hf_config hf_outputs hf_tokenizer hf_weights inspection trace",
+    5: "convert gguf hf mistakes verify",
+    6: "check cli show",
+    7: "__init__ __main__",
+}
+# (importing module, imported module): why it may import from its own level or above.
+ALLOWED = {
+    ("config", "errors"): "every module may raise",
+    ("config", "activations"): "hidden_act is checked against the names that exist",
+    ("losses", "sampling"): "log_softmax, the only function that both need",
+    ("cli", "__init__"): "the version number",
+}
+NUMERIC_CORE = ("layers", "rope", "model")
+OPTIONAL = {
+    "dask", "distributed", "gguf", "huggingface_hub", "jinja2", "matplotlib", "ml_dtypes",
+    "threadpoolctl", "tokenizers", "torch", "transformers", "yaml", "requests", "scipy", "pandas",
+}  # fmt: skip
+MAY_PLOT = {"show", "check"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+MODULES = modules()
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
+
+
+def imported_modules(tree: ast.Module, names: set[str]) -> Iterator[tuple[str, int]]:
+    """Modules of this package that are imported anywhere in `tree`, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "llama_np":
+                    yield [*alias.name.split("."), "__init__"][1], node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            inside = parts[1:] if parts[0] == "llama_np" else parts if node.level else None
+            if inside is None:
+                continue
+            for alias in node.names:
+                path = [part for part in inside if part] or [alias.name]
+                yield (path[0] if path[0] in names else "__init__"), node.lineno
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_import_only_from_lower_levels(name: str) -> None:
+    assert name in LEVEL_OF, (
+        f"llama_np/{name}.py is new: add it to LEVELS in tests/test_structure.py, at the lowest "
+        "level that is above everything it imports"
+    )
+    for other, line in imported_modules(MODULES[name], set(MODULES)):
+        assert LEVEL_OF[other] < LEVEL_OF[name] or (name, other) in ALLOWED, (
+            f"llama_np/{name}.py:{line} (level {LEVEL_OF[name]}) imports {other} (level "
+            f"{LEVEL_OF[other]}): move the code that both need to a lower level, or add the pair "
+            "to ALLOWED with a reason"
+        )
+
+
+def test_every_exception_to_the_levels_is_used() -> None:
+    used = {
+        (name, other)
+        for name, tree in MODULES.items()
+        for other, _ in imported_modules(tree, set(MODULES))
+    }
+    assert ALLOWED.keys() <= used
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_packages_are_imported_inside_functions(name: str) -> None:
+    for node in top_level_statements(MODULES[name].body):
+        if isinstance(node, ast.Import):
+            roots = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            roots = {(node.module or "").split(".")[0]}
+        else:
+            continue
+        found = roots & OPTIONAL
+        assert not found or name in MAY_PLOT, f"llama_np/{name}.py:{node.lineno} imports {found}"
+
+
+def top_level_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported; `if TYPE_CHECKING` blocks do not."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from top_level_statements(node.body + node.orelse)
+        elif isinstance(node, ast.Try):
+            yield from top_level_statements(node.body + [s for h in node.handlers for s in h.body])
+
+
+@pytest.mark.parametrize("name", ["layers", "rope"])
+def test_layers_have_no_if(name: str) -> None:
+    lines = [node.lineno for node in ast.walk(MODULES[name]) if isinstance(node, ast.If)]
+    assert not lines, f"llama_np/{name}.py: `if` at lines {lines}; options are data or functions"
+
+
+@pytest.mark.parametrize("name", ["layers", "rope"])
+def test_layers_do_not_loop(name: str) -> None:
+    loops = (ast.For, ast.While)
+    lines = [node.lineno for node in ast.walk(MODULES[name]) if isinstance(node, loops)]
+    assert not lines, f"llama_np/{name}.py: loops at lines {lines}; heads and tokens are axes"
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def body_lines(function: Function, source: list[str]) -> int:
+    """Lines of a function's body without its docstring, comments and empty lines."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    if not body:
+        return 0
+    lines = source[body[0].lineno - 1 : body[-1].end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_as_long_as_their_idea(name: str) -> None:
+    limit = 16 if name in NUMERIC_CORE else 40
+    source = (PACKAGE / f"{name}.py").read_text("utf-8").splitlines()
+    lengths = {f.name: body_lines(f, source) for f in functions(MODULES[name])}
+    too_long = {function: lines for function, lines in lengths.items() if lines > limit}
+    assert not too_long, f"llama_np/{name}.py: more than {limit} lines: {too_long}; split them"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_reads_the_environment_or_guesses_by_attribute(name: str) -> None:
+    for node in ast.walk(MODULES[name]):
+        guess = isinstance(node, ast.Name) and node.id == "hasattr"
+        variable = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        found = guess or variable or isinstance(node, ast.Global)
+        assert not found, f"llama_np/{name}.py:{node.lineno}: {ast.unparse(node)}"
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {Requirement(text).name.lower().replace("-", "_") for text in requirements}
+
+
+def packages_imported_by(tree: ast.Module) -> set[str]:
+    """Root names of everything imported that neither Python nor this repository provides."""
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            roots.add((node.module or "").split(".")[0])
+    ours = {"llama_np"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    return {root.lower() for root in roots - sys.stdlib_module_names - ours}
+
+
+COMES_WITH = {"distributed": "dask", "nbformat": "nbmake", "packaging": "pytest"}
+
+
+def test_three_packages_are_enough_to_run() -> None:
+    assert declared(project()["dependencies"]) == {"numpy", "safetensors", "sentencepiece"}
+
+
+def test_every_import_of_the_package_is_declared() -> None:
+    extras = project()["optional-dependencies"]
+    known = declared([*project()["dependencies"], *(r for name in extras for r in extras[name])])
+    for name, tree in MODULES.items():
+        needed = {COMES_WITH.get(root, root) for root in packages_imported_by(tree)}
+        assert needed <= known, f"llama_np/{name}.py imports {needed - known}: add an extra"
+
+
+def test_every_import_of_the_tests_is_in_the_extra_that_the_readme_installs() -> None:
+    extras = project()["optional-dependencies"]
+    included = next(r for r in map(Requirement, extras["test"]) if r.name == "llama_np").extras
+    known = declared([*project()["dependencies"], *extras["test"]])
+    known |= declared([r for name in included for r in extras[name]])
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        imported = packages_imported_by(ast.parse(path.read_text("utf-8")))
+        needed = {COMES_WITH.get(root, root) for root in imported}
+        assert needed <= known, f"{path.name} imports {needed - known}: add it to the extra test"
+
+
+def readme_commands() -> list[str]:
+    """The one-line shell blocks above the README's first heading of the second level."""
+    head = (ROOT / "README.md").read_text("utf-8").split("\n## ")[0]
+    return re.findall(r"```sh\n(.+)\n```", head)
+
+
+@pytest.mark.parametrize("path", [".ci/run", ".github/workflows/ci.yml"])
+def test_the_readme_promises_what_is_checked(path: str) -> None:
+    commands = readme_commands()
+    assert len(commands) == 2
+    text = (ROOT / path).read_text("utf-8")
+    places = [text.find(command) for command in commands]
+    assert 0 <= places[0] < places[1], f"{path} does not run {commands} in this order"
+
+
+def test_the_version_is_stated_once() -> None:
+    assert llama_np.__version__ == project()["version"]
+
+
+def test_the_bundled_model_comes_with_the_package() -> None:
+    names = {path.name for path in (PACKAGE / "checkpoints" / "fairytales").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
