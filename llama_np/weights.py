@@ -232,15 +232,19 @@ def save_tensors(
     Errors: FileExistsError; OSError as the operating system says; ValueError for the name
     "__metadata__"; TypeError for a dtype that the format lacks.
     """
-    from safetensors import serialize
+    from safetensors import TensorSpec, serialize
 
-    described: dict[str, Any] = {name: _describe(name, t) for name, t in tensors.items()}
+    ready = {name: _contiguous(name, tensor) for name, tensor in tensors.items()}
+    specs = {
+        name: TensorSpec(dtype, array.shape, array.ctypes.data, array.nbytes)
+        for name, (dtype, array) in ready.items()  # `ready` keeps the arrays alive meanwhile
+    }
     content = {"format": "pt", **(metadata or {})}
-    write_atomically(path, serialize(described, metadata=content), overwrite)
+    write_atomically(path, serialize(specs, metadata=content), overwrite)
 
 
-def _describe(name: str, tensor: np.ndarray | Stored) -> dict[str, Any]:
-    """What the library's serializer wants: dtype name, shape and contiguous bytes."""
+def _contiguous(name: str, tensor: np.ndarray | Stored) -> tuple[str, np.ndarray]:
+    """What the library's serializer wants: its name of the dtype, and contiguous elements."""
     if name == "__metadata__":
         raise ValueError("a tensor cannot be named '__metadata__'")
     array = tensor.array if isinstance(tensor, Stored) else np.asarray(tensor)
@@ -249,8 +253,7 @@ def _describe(name: str, tensor: np.ndarray | Stored) -> dict[str, Any]:
     dtype = tensor.dtype if isinstance(tensor, Stored) else names.get(little.dtype)
     if dtype is None:
         raise TypeError(f"tensor {name!r} has the dtype {array.dtype}, which cannot be stored")
-    library_name = _LIBRARY_NAMES[dtype]
-    return {"dtype": library_name, "shape": array.shape, "data": little.tobytes()}
+    return _LIBRARY_NAMES[dtype], np.ascontiguousarray(little).reshape(array.shape)
 
 
 _BITS = ("BF", "F8")  # formats that rest in integer arrays
