@@ -1,0 +1,214 @@
+"""The command, run as a user runs it: its streams, its JSON and its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_np import classify, load, load_tokenizer
+from llama_np.cli import main
+from llama_np.terminal import visible
+
+COMMAND = [sys.executable, "-m", "llama_np"]
+
+
+def run(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own and expect an exit code."""
+    done = subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_standard_output_carries_only_the_text() -> None:
+    done = run("generate", "Once upon a time", "-n", "12")
+    answer = json.loads(run("generate", "Once upon a time", "-n", "12", "--json").stdout)
+    assert done.stdout == answer["text"] + "\n"
+    assert "tokens" in done.stderr
+
+
+def test_json_output_is_one_complete_object(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = in_process(capsys, "generate", "The king", "-n", "5", "--json", "--logprobs", "2")
+    answer = json.loads(out)
+    tokenizer = load_tokenizer("fairytales")
+    assert answer["prompt_token_ids"] == tokenizer.encode("The king")
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 5
+    assert answer["finish_reason"] == "length"
+    whole = tokenizer.decode(answer["prompt_token_ids"] + answer["token_ids"])
+    assert whole == "The king" + answer["text"]
+    assert [len(step["top_logprobs"]) for step in answer["logprobs"]] == [2] * 5
+    assert {"prompt_tokens_per_second", "decode_tokens_per_second"} <= answer["timings"].keys()
+
+
+def test_no_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _, streamed, _ = in_process(capsys, "generate", "A bear", "-n", "8")
+    _, whole, _ = in_process(capsys, "generate", "A bear", "-n", "8", "--no-stream")
+    assert streamed == whole
+
+
+@pytest.mark.parametrize("arguments", [["generate", "-", "-n", "4"], ["generate", "-n", "4"]])
+def test_the_prompt_can_come_from_standard_input(arguments: list[str]) -> None:
+    piped = run(*arguments, stdin="A bear\n")
+    assert piped.stdout == run("generate", "A bear", "-n", "4").stdout
+
+
+def test_all_lines_of_a_file_are_decoded_as_one_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("The king\n\nOnce upon a time there\nA\n", encoding="utf-8")
+    options = ["-n", "6", "--temp", "0.7", "--seed", "11", "--dtype", "float64"]
+    _, out, _ = in_process(capsys, "generate", "--prompts", str(file), *options)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["The king", "Once upon a time there", "A"]
+    for row in rows:
+        options[5] = str(row["seed"])
+        _, alone, _ = in_process(capsys, "generate", row["prompt"], "--json", *options)
+        assert json.loads(alone)["token_ids"] == row["token_ids"]
+
+
+def test_a_seed_makes_sampling_repeatable_and_is_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hot = ["generate", "A", "-n", "8", "--temp", "1.5"]
+    _, drawn, err = in_process(capsys, *hot)
+    seed = err.split("seed ")[1].split(" ")[0]
+    _, again, _ = in_process(capsys, *hot, "--seed", seed)
+    assert drawn == again
+
+
+def test_tokenize_shows_ids_and_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = in_process(capsys, "tokenize", "A king <s>", "--json")
+    answer = json.loads(out)
+    assert answer["ids"][0] == 1 not in answer["ids"][1:]
+    assert answer["ids"] == load_tokenizer("fairytales").encode("A king <s>")
+    assert len(answer["tokens"]) == len(answer["ids"])
+    _, table, _ = in_process(capsys, "tokenize", "A king")
+    assert [line.split()[0] for line in table.splitlines()] == [
+        str(i) for i in load_tokenizer("fairytales").encode("A king")
+    ]
+
+
+def test_classify_answers_with_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "There was once a King who had three sons."
+    _, out, _ = in_process(capsys, "classify", text, "--json")
+    answer = json.loads(out)
+    config, weights = load("fairytales")
+    (scores,) = classify(np.array([load_tokenizer().encode(text)]), weights, config)
+    chances = np.exp(scores) / np.exp(scores).sum()
+    assert answer["probabilities"] == pytest.approx(
+        {config.id2label[i]: p for i, p in enumerate(chances)},
+        rel=1e-5,  # float32
+    )
+    assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
+
+
+def test_inspect_counts_parameters_and_names_the_source_of_every_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, out, _ = in_process(capsys, "inspect", "--json")
+    summary = json.loads(out)
+    _, weights = load("fairytales", "bfloat16")
+    arrays = {id(a): a for layer in weights.values() for a in _arrays(layer)}
+    assert summary["parameters"] == sum(a.size for a in arrays.values())
+    assert summary["config_sources"]["hidden_size"] == "config.json"
+    assert summary["config_sources"]["attention_bias"] == "default of transformers"
+    _, table, _ = in_process(capsys, "inspect")
+    assert f"{summary['parameters']:,}" in table
+
+
+def _arrays(value: object) -> list[np.ndarray]:
+    return list(value.values()) if isinstance(value, dict) else [value]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--model", "no/such/folder"], "'no/such/folder'"),
+        (["generate", "x", "--temp", "-1"], "temperature"),
+        (["generate", "x", "-n", "-1"], "max_new_tokens"),
+        (["generate", "x", "--logprobs", "2"], "--json"),
+        (["generate", "--prompts", "no-such-file"], "no-such-file"),
+        (["inspect", "no/such/folder"], "'no/such/folder'"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(arguments: list[str], message: str) -> None:
+    done = run(*arguments, code=1)
+    assert done.stdout == ""
+    assert done.stderr.startswith("llama-np: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate", "--no-such-option"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    run(*arguments, code=2)
+
+
+def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "A", "-n", "400", "--ignore-eos", "--dtype", "float64"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    shown = process.stdout.read(4)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert len(shown) == 4
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    shell = f"{sys.executable} -m llama_np generate A -n 50 | head -c 1"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
+
+
+def test_help_and_version_are_quick() -> None:
+    started = time.perf_counter()
+    assert "generate" in run("--help").stdout
+    assert time.perf_counter() - started < 5  # 0.2 s on a quiet machine; a hang or a model load
+    assert run("--version").stdout.strip() == "0.1.0"
+
+
+def test_a_terminal_never_gets_control_characters() -> None:
+    assert visible("a\x1b[31m\x07\u202eb\nc\td") == "a\\x1b[31m\\x07\\u202eb\nc\td"
+    assert visible("स्ते 👩\u200d🚀 é") == "स्ते 👩\u200d🚀 é"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals exist on POSIX only")
+def test_on_a_terminal_the_prompt_is_echoed_and_the_text_follows() -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    arguments = [*COMMAND, "generate", "Once upon", "-n", "4"]
+    with subprocess.Popen(arguments, stdout=child, stderr=child, stdin=child) as process:
+        os.close(child)
+        shown = b""
+        while True:
+            try:
+                part = os.read(parent, 1000)
+            except OSError:  # Linux reports the closed terminal this way
+                break
+            if not part:
+                break
+            shown += part
+        assert process.wait() == 0
+    os.close(parent)
+    assert shown.startswith(b"Once upon")
