@@ -236,7 +236,9 @@ def save_tensors(
 
     ready = {name: _contiguous(name, tensor) for name, tensor in tensors.items()}
     specs = {
-        name: TensorSpec(dtype, array.shape, array.ctypes.data, array.nbytes)
+        name: TensorSpec(
+            dtype=dtype, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
+        )
         for name, (dtype, array) in ready.items()  # `ready` keeps the arrays alive meanwhile
     }
     content = {"format": "pt", **(metadata or {})}
