@@ -90,10 +90,10 @@ def classify(
 
     The last token is the one at the highest position, so padding may stand on either side.
     """
-    B, T = np.shape(tokens)
-    positions = _positions(positions, (B, T), NoCache())  # (B, T)
-    hidden = hidden_states(tokens, weights, config, positions=positions, tap=tap)  # (B, T, D)
-    last = hidden[np.arange(B), positions.argmax(axis=1)]  # (B, D)
+    ids = check_tokens(tokens, config.vocab_size)  # (B, T)
+    positions = _positions(positions, ids.shape, NoCache())  # (B, T)
+    hidden = hidden_states(ids, weights, config, positions=positions, tap=tap)  # (B, T, D)
+    last = hidden[np.arange(len(ids)), positions.argmax(axis=1)]  # (B, D)
     return project("score", last, weights, tap)  # (B, C)
 
 
