@@ -131,14 +131,14 @@ def load_sentencepiece(
     and UNIGRAM, and for missing unk, bos or eos pieces.
     """
     try:
-        specs = [field for field in proto_fields(data) if field[0] != 1]
+        trainer = trainer_spec(data)
         processor = sentencepiece.SentencePieceProcessor(model_proto=data, **options)
     except (TokenizerError, RuntimeError, UnicodeDecodeError) as error:
         kind = guess_format(data)
         raise TokenizerError(
             f"{name!r} is not a SentencePiece model; it looks like {kind} ({error})"
         ) from error
-    _check_specs(specs, name)
+    _check_trainer(trainer, name)
     for what in ("unk", "bos", "eos"):
         if getattr(processor, what + "_id")() < 0:
             raise TokenizerError(f"{name!r}: no {what} piece, which a LLaMA vocabulary needs")
@@ -148,13 +148,13 @@ def load_sentencepiece(
     return processor
 
 
-def _check_specs(specs: list[tuple[int, int | bytes]], name: str) -> None:
-    trainer = dict(
-        field
-        for number, value in specs
-        if number == 2 and isinstance(value, bytes)
-        for field in proto_fields(value)
-    )
+def trainer_spec(data: bytes) -> dict[int, int | bytes]:
+    """The settings that a serialized SentencePiece model was trained with, by field number."""
+    specs = [value for number, value in proto_fields(data) if number == 2]
+    return dict(field for spec in specs if isinstance(spec, bytes) for field in proto_fields(spec))
+
+
+def _check_trainer(trainer: dict[int, int | bytes], name: str) -> None:
     model_type = trainer.get(3, 1)  # the protobuf default is UNIGRAM
     if model_type not in (1, 2):
         raise TokenizerError(
@@ -214,7 +214,7 @@ class _TokenizersJson:
         # in text, not even those that the file calls "not special". Blank ones are vocabulary.
         for token in spec["added_tokens"]:
             token["special"] = bool(token.get("special")) or bool(token["content"].strip())
-        self._spec, self._library = spec, library
+        self.spec, self._library = spec, library
         self._first = self._build(spec, name)
         self._later = self._build(_never_prepend(spec), name) if _prepends_once(spec) else None
         self._vocab = {i: piece for piece, i in self._first.get_vocab(True).items()}
@@ -403,7 +403,7 @@ class Tokenizer:
         written out in the text ("</s>") into their ids: for templates, never for a user's text.
         Errors: TypeError, UnicodeEncodeError (lone surrogates).
         """
-        _check_text(text)
+        check_text(text)
         ids = self.encode_parts(self.split(text) if special else [text])
         end = [self.eos_ids[0]] if eos and self.eos_ids else []
         return [*(self._prefix if bos else []), *ids, *end]
@@ -517,7 +517,8 @@ def check_ids(ids: Ids, vocab_size: int) -> list[int]:
     return checked
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Errors: TypeError (not str), UnicodeEncodeError (lone surrogates)."""
     if not isinstance(text, str):
         raise TypeError(f"text must be str, found {type(text).__name__}")
     text.encode()  # a lone surrogate is a UnicodeEncodeError here, before a library hides it
@@ -626,13 +627,16 @@ def _as_id(text: str) -> int | None:
     return int(text) if re.fullmatch(r"\d{1,8}", text) else None
 
 
-def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or of a tokenizer.model or tokenizer.json file.
+def load_tokenizer(path: str | PathLike[str] = "fairytales") -> Tokenizer:
+    """The tokenizer of a checkpoint folder or bundled name, or of one tokenizer file.
 
     A folder's tokenizer.model comes first; its tokenizer.json needs the extra `hf`.
     Errors: FileNotFoundError, IsADirectoryError, TokenizerError, ModuleNotFoundError.
     """
-    path = Path(path)
+    bundled = Path(__file__).parent / "checkpoints" / path
+    path = bundled if Path(path).name == str(path) and not Path(path).exists() else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(2, "No such tokenizer file or checkpoint folder", str(path.name))
     if not path.is_dir():
         return _load_file(path, path.parent if path.name.startswith("tokenizer.") else None)
     model, spec = path / "tokenizer.model", path / "tokenizer.json"
@@ -643,11 +647,16 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     raise FileNotFoundError(2, "No tokenizer.model and no tokenizer.json in this folder", str(path))
 
 
+def from_json(data: bytes, name: str, folder: Path | None = None) -> Tokenizer:
+    """A tokenizer from the bytes of a tokenizer.json, and the files beside it, if any."""
+    backend = _TokenizersJson(data, name)
+    return Tokenizer(backend, _Files(folder, backend.spec))
+
+
 def _load_file(path: Path, folder: Path | None) -> Tokenizer:
     data = read_bounded(path, MAX_MODEL_BYTES)
     if path.suffix == ".json":
-        backend = _TokenizersJson(data, str(path))
-        return Tokenizer(backend, _Files(folder, backend._spec))
+        return from_json(data, str(path), folder)
     files = _Files(folder)
     legacy = files.tokenizer_config.get("legacy", True)
     return Tokenizer(_SentencePiece(data, str(path), legacy is None or bool(legacy)), files)
