@@ -1,0 +1,627 @@
+"""Train the bundled checkpoint `fairytales` from a folder with andersen.txt and grimm.txt.
+
+    pip install torch sentencepiece numpy safetensors
+    python reference_outputs/train_fairytales.py CORPUS_FOLDER -o FOLDER [--device cuda]
+
+It learns the tokenizer, trains the language model with early stopping on held-out stories, rounds
+the weights to bfloat16, trains the head `score` on the frozen rounded trunk, measures everything
+on test stories that no decision has looked at, and writes a Hugging Face folder with its card.
+A story file holds stories separated by four newlines: title line, blank line, paragraphs.
+Every number of the recipe can be changed: `--set dropout=0.1 --set epochs=2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+AUTHORS = ("Andersen", "Grimm")
+UNK, BOS, EOS = 0, 1, 2
+IGNORE = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result; the first block is the architecture."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 240
+    intermediate_size: int = 640
+    num_hidden_layers: int = 7
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    epochs: int = 20
+    patience: int = 4  # epochs without a better validation loss before training stops
+    rows: int = 8  # crops per step
+    learning_rate: float = 2e-3
+    embedding_learning_rate: float = 2e-3
+    warmup: int = 100  # steps
+    weight_decay: float = 0.3
+    dropout: float = 0.1
+    subword_dropout: float = 0.1  # BPE-dropout, fading to 0 at the end of training
+    title_rate: float = 0.5  # how often a story starts with its title
+    author_weight: float = 0.02  # "who wrote this?" as a side task for the trunk
+    optimizer: str = "muon"
+    seed: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+# ---------------------------------------------------------------- stories and tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    author: int
+    title: str
+    body: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.title}\n\n{self.body}"
+
+
+def read_stories(folder: Path) -> list[Story]:
+    stories = []
+    for author, name in enumerate(AUTHORS):
+        text = (folder / f"{name.lower()}.txt").read_text(encoding="utf-8")
+        for part in re.split(r"\n{4,}", text.strip()):
+            title, _, body = part.partition("\n")
+            stories.append(Story(author, title.strip(), body.strip()))
+    return stories
+
+
+def split(stories: list[Story]) -> tuple[list[Story], list[Story], list[Story]]:
+    """Whole stories for training, validation (decisions) and test (the card): 22 : 1 : 1."""
+    parts: tuple[list[Story], list[Story], list[Story]] = ([], [], [])
+    for author in range(len(AUTHORS)):
+        for i, story in enumerate(s for s in stories if s.author == author):
+            parts[{7: 1, 19: 2}.get(i % 24, 0)].append(story)
+    return parts
+
+
+def train_tokenizer(stories: list[Story], vocab_size: int, prefix: Path) -> None:
+    """SentencePiece BPE with LLaMA's settings; newlines become the byte piece <0x0A>."""
+    lines = (line for story in stories for line in story.text.split("\n") if line)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.99995,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        allow_whitespace_only_pieces=True,
+        unk_surface=" \u2047 ",
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=-1,
+        max_sentence_length=1 << 20,
+        num_threads=1,
+        minloglevel=2,
+    )
+    prefix.with_suffix(".vocab").unlink()
+
+
+def encode(tokenizer: spm.SentencePieceProcessor, text: str, dropout: float = 0.0) -> list[int]:
+    """BOS and the ids of the text; with dropout, a random segmentation of it."""
+    if dropout > 0:
+        ids = tokenizer.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1)
+    else:
+        ids = tokenizer.encode(text)
+    return [BOS, *ids]
+
+
+def crops(length: int, width: int, rng: random.Random) -> Iterator[int]:
+    """Where a story of `length` ids is cut: always at 0, so that BOS means a beginning, then on
+    a randomly shifted grid, with the last crop moved back so that it ends with the story."""
+    yield 0
+    last = length - width
+    start = rng.randint(width // 2, width)
+    while start < last:
+        yield start
+        start += width
+    if last > 0:
+        yield last
+
+
+def epoch_batches(
+    stories: list[Story],
+    tokenizer: spm.SentencePieceProcessor,
+    recipe: Recipe,
+    subword_dropout: float,
+    rng: random.Random,
+) -> list[tuple[Tensor, Tensor]]:
+    """One pass over the stories as shuffled batches of (ids (B, T+1), author (B,))."""
+    width = recipe.max_position_embeddings + 1  # inputs and targets overlap by all but one id
+    rows = []
+    for story in stories:
+        text = story.text if rng.random() < recipe.title_rate else story.body
+        ids = [*encode(tokenizer, text, subword_dropout), EOS]
+        for start in crops(len(ids), width, rng):
+            row = ids[start : start + width]
+            rows.append((row + [IGNORE] * (width - len(row)), story.author))
+    rng.shuffle(rows)
+    batches = []
+    for i in range(0, len(rows) - recipe.rows + 1, recipe.rows):
+        ids_of, author_of = zip(*rows[i : i + recipe.rows], strict=True)
+        batches.append((torch.tensor(ids_of), torch.tensor(author_of)))
+    return batches
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Attention(nn.Module):
+    def __init__(self, r: Recipe) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            r.num_attention_heads,
+            r.num_key_value_heads,
+            r.head_dim,
+        )
+        narrow = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(r.hidden_size, r.hidden_size, bias=False)
+        self.k_proj = nn.Linear(r.hidden_size, narrow, bias=False)
+        self.v_proj = nn.Linear(r.hidden_size, narrow, bias=False)
+        self.o_proj = nn.Linear(r.hidden_size, r.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+    """Causal grouped-query attention in blocks of queries, each over the keys it can see.
+
+    On a CPU in bfloat16 this is three times faster than scaled_dot_product_attention."""
+    b, n, t, h = q.shape
+    kv = k.shape[1]
+    q = (q * h**-0.5).view(b, kv, n // kv, t, h)
+    outs = []
+    for i in range(0, t, block):
+        rows, end = min(block, t - i), min(i + block, t)
+        scores = q[:, :, :, i:end].reshape(b, kv, -1, h) @ k[:, :, :end].transpose(-1, -2)
+        hidden = torch.full((rows, end), -math.inf, dtype=q.dtype, device=q.device).triu(i + 1)
+        weights = (scores.view(b, kv, -1, rows, end) + hidden).softmax(-1).to(v.dtype)
+        out = weights.view(b, kv, -1, end) @ v[:, :, :end]
+        outs.append(out.view(b, kv, -1, rows, h))
+    return torch.cat(outs, dim=3).view(b, n, t, h)
+
+
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Dropout with the rate rounded to 1/256: a random byte per value, 4 times faster on a CPU."""
+    level = round(256 * rate)
+    if not training or level == 0:
+        return x
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    bytes_ = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
+    return x * (bytes_ >= level).to(x.dtype).mul_(256 / (256 - level))
+
+
+class MLP(nn.Module):
+    def __init__(self, r: Recipe) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(r.hidden_size, r.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(r.hidden_size, r.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(r.intermediate_size, r.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, r: Recipe) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(r.hidden_size, r.rms_norm_eps)
+        self.self_attn = Attention(r)
+        self.post_attention_layernorm = nn.RMSNorm(r.hidden_size, r.rms_norm_eps)
+        self.mlp = MLP(r)
+        self.dropout = r.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        step = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + drop(step, self.dropout, self.training)
+        step = self.mlp(self.post_attention_layernorm(x))
+        return x + drop(step, self.dropout, self.training)
+
+
+class Trunk(nn.Module):
+    def __init__(self, r: Recipe) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(r.vocab_size, r.hidden_size)
+        self.layers = nn.ModuleList(Layer(r) for _ in range(r.num_hidden_layers))
+        self.norm = nn.RMSNorm(r.hidden_size, r.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Module names are the tensor names of the Hugging Face layout; the LM head is tied."""
+
+    def __init__(self, r: Recipe) -> None:
+        super().__init__()
+        self.recipe = r
+        self.model = Trunk(r)
+        self.score = nn.Linear(r.hidden_size, len(AUTHORS), bias=False)
+        residual = 0.02 / math.sqrt(2 * r.num_hidden_layers)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=residual if out else 0.02)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        r = self.recipe
+        x = self.model.embed_tokens(ids)
+        x = drop(x, r.dropout, self.training)
+        frequency = r.rope_theta ** -(torch.arange(0, r.head_dim, 2) / r.head_dim)
+        angle = torch.arange(ids.shape[1])[:, None] * frequency
+        angle = torch.cat((angle, angle), dim=-1).to(x.device)
+        cos, sin = angle.cos(), angle.sin()
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model.embed_tokens.weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    return (torch.cat((a, b), -1) * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------- training
+
+
+def optimizers(model: Llama, r: Recipe) -> list[torch.optim.Optimizer]:
+    """The layers' matrices and the embedding decay; the norms' gains do not."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    gains = [p for p in model.model.parameters() if p.dim() == 1]
+    table = [model.model.embed_tokens.weight, model.score.weight]
+    adam: list[dict[str, object]] = [
+        {"params": table, "lr": r.embedding_learning_rate, "weight_decay": r.weight_decay},
+        {"params": gains, "lr": r.embedding_learning_rate, "weight_decay": 0.0},
+    ]
+    if r.optimizer == "muon":
+        muon = torch.optim.Muon(
+            matrices,
+            lr=r.learning_rate,
+            weight_decay=r.weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return [muon, torch.optim.AdamW(adam, betas=(0.9, 0.95))]
+    adam.append({"params": matrices, "lr": r.learning_rate, "weight_decay": r.weight_decay})
+    return [torch.optim.AdamW(adam, betas=(0.9, 0.95))]
+
+
+def losses(model: Llama, ids: Tensor, author: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean next-token loss, and the loss of naming the author at every position."""
+    inputs, labels = ids[:, :-1], ids[:, 1:]
+    hidden = model.hidden(inputs.clamp(min=0))
+    logits = model.logits(hidden).float()
+    lm = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    who = torch.where(labels == IGNORE, IGNORE, author[:, None])
+    guess = model.score(hidden).float()
+    return lm, F.cross_entropy(guess.flatten(0, 1), who.flatten(), ignore_index=IGNORE)
+
+
+def story_loss(model: Llama, rows: list[list[int]], stride: int) -> tuple[float, int]:
+    """Total nats and count of predicted ids; after the first window only the last `stride`
+    predictions of a window count, so that each has a context of at least T - stride ids."""
+    width, device = model.recipe.max_position_embeddings, model.score.weight.device
+    windows, labels = [], []
+    for ids in rows:
+        done = 1  # BOS is given
+        while done < len(ids):
+            end = min(len(ids), width + 1 if done == 1 else done + stride)
+            begin = max(0, end - 1 - width)
+            label = [IGNORE] * (done - begin - 1) + ids[done:end]
+            pad = width - len(label)
+            windows.append(ids[begin : end - 1] + [0] * pad)
+            labels.append(label + [IGNORE] * pad)
+            done = end
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for i in range(0, len(windows), 8):
+            x = torch.tensor(windows[i : i + 8], device=device)
+            y = torch.tensor(labels[i : i + 8], device=device)
+            logits = model.logits(model.hidden(x)).float().flatten(0, 1)
+            total += F.cross_entropy(
+                logits, y.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).item()
+            count += int((y != IGNORE).sum())
+    model.train()
+    return total, count
+
+
+def train(
+    model: Llama,
+    tokenizer: spm.SentencePieceProcessor,
+    stories: list[Story],
+    validation: list[list[int]],
+    device: str,
+) -> dict[str, object]:
+    """Leaves the weights of the best epoch in the model; returns what the card tells."""
+    r = model.recipe
+    rng = random.Random(r.seed)
+    spm.set_random_generator_seed(r.seed)
+    opts = optimizers(model, r)
+    bases = [[g["lr"] for g in o.param_groups] for o in opts]
+    per_epoch = len(epoch_batches(stories, tokenizer, r, 0.0, random.Random(r.seed)))
+    total, step, best, best_state = per_epoch * r.epochs, 0, (math.inf, 0), None
+    history: list[tuple[int, float, float]] = []
+    begun = time.time()
+    for epoch in range(1, r.epochs + 1):
+        fade = r.subword_dropout * (1 - (epoch - 1) / max(1, r.epochs - 1))
+        seen = 0.0
+        batches = epoch_batches(stories, tokenizer, r, fade, rng)
+        for ids, author in batches:
+            progress = min(1.0, step / total)  # epochs differ a little in length
+            scale = min(1.0, (step + 1) / r.warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            for opt, base in zip(opts, bases, strict=True):
+                for group, lr in zip(opt.param_groups, base, strict=True):
+                    group["lr"] = lr * scale
+            with torch.autocast(device, dtype=torch.bfloat16):
+                lm, who = losses(model, ids.to(device), author.to(device))
+            (lm + r.author_weight * who).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad(set_to_none=True)
+            seen += lm.item()
+            step += 1
+            if step % 20 == 0:
+                print(f"  step {step}/{total} loss {lm.item():.3f} who {who.item():.3f} "
+                      f"{time.time() - begun:.0f} s", flush=True)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            nats, count = story_loss(model, validation, r.max_position_embeddings)
+        history.append((epoch, seen / len(batches), nats / count))
+        print(f"epoch {epoch}: train {seen / len(batches):.4f} validation {nats / count:.4f} "
+              f"{time.time() - begun:.0f} s", flush=True)
+        if nats / count < best[0]:
+            best, best_state = (nats / count, epoch), copy.deepcopy(model.state_dict())
+        elif epoch - best[1] >= r.patience:
+            break
+    model.load_state_dict(best_state)
+    return {"history": history, "steps": step, "best_epoch": best[1],
+            "seconds": time.time() - begun}
+
+
+def round_weights(model: Llama) -> None:
+    """Every weight to the nearest bfloat16, kept as float32: what the file will hold."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(torch.bfloat16).float())
+
+
+# ---------------------------------------------------------------- the head `score`
+
+WORDS = (8, 16, 32, 64, 128, 256)  # passage lengths
+
+
+def passages(
+    stories: list[Story], words: int, count: int, rng: random.Random
+) -> list[tuple[str, int]]:
+    """`count` passages per author: random stories weighted by length, random word starts."""
+    found = []
+    for author in range(len(AUTHORS)):
+        spans = [list(re.finditer(r"\S+", s.body)) for s in stories if s.author == author]
+        bodies = [s.body for s in stories if s.author == author]
+        usable = [i for i, span in enumerate(spans) if len(span) >= words]
+        weights = [len(spans[i]) - words + 1 for i in usable]
+        for i in rng.choices(usable, weights, k=count):
+            start = rng.randint(0, len(spans[i]) - words)
+            begin, end = spans[i][start].start(), spans[i][start + words - 1].end()
+            found.append((bodies[i][begin:end], author))
+    return found
+
+
+def last_hidden(
+    model: Llama, tokenizer: spm.SentencePieceProcessor, texts: list[str]
+) -> Tensor:
+    """The final hidden state of each text's last token, (n, D); causality makes padding safe."""
+    width, device = model.recipe.max_position_embeddings, model.score.weight.device
+    ids = [encode(tokenizer, text)[:width] for text in texts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out = torch.empty(len(ids), model.recipe.hidden_size)
+    model.eval()
+    with torch.no_grad():
+        for at in range(0, len(order), 32):
+            part = order[at : at + 32]
+            longest = max(len(ids[i]) for i in part)
+            x = torch.tensor([ids[i] + [0] * (longest - len(ids[i])) for i in part])
+            last = torch.tensor([len(ids[i]) - 1 for i in part])
+            hidden = model.hidden(x.to(device)).float().cpu()
+            out[torch.tensor(part)] = hidden[torch.arange(len(part)), last]
+    return out
+
+
+def fit_logistic(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+    """(C, D) weights of a logistic regression without bias, on standardized features."""
+    scale = x.std(dim=0)
+    weight = torch.zeros(len(AUTHORS), x.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(x / scale @ weight.T, y) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return (weight.detach() / scale).to(torch.bfloat16).float()
+
+
+def accuracy(weight: Tensor, x: Tensor, y: Tensor) -> float:
+    return (F.linear(x, weight).argmax(dim=-1) == y).float().mean().item()
+
+
+def train_score(
+    model: Llama,
+    tokenizer: spm.SentencePieceProcessor,
+    parts: tuple[list[Story], list[Story], list[Story]],
+) -> dict[str, object]:
+    """Fit `score` on training passages, choose its penalty on validation, measure on test."""
+    rng = random.Random(model.recipe.seed)
+    data = []
+    for stories, count in zip(parts, (1000, 300, 300), strict=True):
+        found = [p for words in WORDS for p in passages(stories, words, count, rng)]
+        x = last_hidden(model, tokenizer, [text for text, _ in found])
+        data.append((x, torch.tensor([author for _, author in found])))
+    (x, y), validation, (test_x, test_y) = data
+    fits = {penalty: fit_logistic(x, y, penalty) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)}
+    penalty = max(fits, key=lambda p: accuracy(fits[p], *validation))
+    with torch.no_grad():
+        model.score.weight.copy_(fits[penalty])
+    per = len(test_y) // len(WORDS)
+    rows = {w: accuracy(fits[penalty], test_x[i * per : (i + 1) * per],
+                        test_y[i * per : (i + 1) * per]) for i, w in enumerate(WORDS)}
+    return {"penalty": penalty, "train": accuracy(fits[penalty], x, y), "test": rows, "per": per}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def ngram_losses(train: list[list[int]], test: list[list[int]], vocab: int) -> tuple[float, float]:
+    """Nats per id of an add-one unigram model, and of an interpolated Kneser-Ney bigram model
+    whose discount is n1 / (n1 + 2 n2), on the same ids that the model predicts."""
+    unigram = np.ones(vocab)
+    pairs = np.zeros((vocab, vocab))
+    for ids in train:
+        np.add.at(unigram, ids[1:], 1)
+        np.add.at(pairs, (ids[:-1], ids[1:]), 1)
+    unigram /= unigram.sum()
+    once, twice = (pairs == 1).sum(), (pairs == 2).sum()
+    discount = once / (once + 2 * twice)
+    followers = (pairs > 0).sum(axis=1)
+    continuation = (pairs > 0).sum(axis=0) + 1.0
+    continuation /= continuation.sum()
+    total = np.maximum(pairs.sum(axis=1), 1)
+    backoff = np.where(followers > 0, discount * followers / total, 1.0)
+    one = two = 0.0
+    for ids in test:
+        a, b = np.array(ids[:-1]), np.array(ids[1:])
+        one -= np.log(unigram[b]).sum()
+        kept = np.maximum(pairs[a, b] - discount, 0) / total[a]
+        two -= np.log(kept + backoff[a] * continuation[b]).sum()
+    count = sum(len(ids) - 1 for ids in test)
+    return one / count, two / count
+
+
+def sample(
+    model: Llama,
+    tokenizer: spm.SentencePieceProcessor,
+    prompt: str,
+    seed: int | None = None,
+    count: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 40,
+) -> str:
+    """`count` more ids after the prompt: greedy without a seed, drawn from the top k with one."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    ids = encode(tokenizer, prompt)
+    device = model.score.weight.device
+    model.eval()
+    with torch.no_grad():
+        for _ in range(count):
+            hidden = model.hidden(torch.tensor([ids], device=device))[:, -1]
+            best, at = model.logits(hidden).float().cpu()[0].topk(top_k)
+            draw = torch.multinomial((best / temperature).softmax(-1), 1, generator=generator)
+            ids.append(int(at[0] if seed is None else at[draw]))
+            if ids[-1] == EOS:
+                break
+    return tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def write_json(path: Path, data: dict[str, object]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def write_configs(folder: Path, r: Recipe) -> None:
+    config: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "hidden_act": "silu",
+        "hidden_size": r.hidden_size,
+        "id2label": {str(i): name for i, name in enumerate(AUTHORS)},
+        "initializer_range": 0.02,
+        "intermediate_size": r.intermediate_size,
+        "label2id": {name: i for i, name in enumerate(AUTHORS)},
+        "max_position_embeddings": r.max_position_embeddings,
+        "model_type": "llama",
+        "num_attention_heads": r.num_attention_heads,
+        "num_hidden_layers": r.num_hidden_layers,
+        "num_key_value_heads": r.num_key_value_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": r.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": r.rope_theta,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.37.2",
+        "use_cache": True,
+        "vocab_size": r.vocab_size,
+    }
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS,
+                                                   "transformers_version": "4.37.2"})
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    write_json(folder / "special_tokens_map.json",
+               {key: {"content": piece, **plain} for key, piece in names.items()})
+    write_json(folder / "tokenizer_config.json", {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): {"content": piece, **plain, "special": True}
+                                 for i, piece in enumerate(names.values())},
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": r.max_position_embeddings,
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    })
+
+
+def save_weights(model: Llama, path: Path) -> None:
+    state = {name: p.detach().to("cpu", torch.bfloat16).contiguous()
+             for name, p in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library writes 0600, which a wheel would keep
