@@ -20,7 +20,8 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
     NaN stays NaN, and what rounds beyond the largest bfloat16 becomes infinity (IEEE 754).
     """
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):  # a float64 may be too large for a float32
+        bits = np.asarray(x, dtype=np.float32, order="C").view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
