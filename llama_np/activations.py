@@ -13,7 +13,8 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-x), without overflow for very negative x."""
     limit = 88.0 if x.dtype == np.float32 else 700.0 if x.dtype == np.float64 else 11.0
-    e = np.minimum(-x, limit)  # beyond the limit e^-x would overflow; the result is ~0 there
+    e = np.negative(x, out=np.empty_like(x))  # one buffer for all passes
+    np.minimum(e, limit, out=e)  # beyond the limit e^-x would overflow; the result is ~0 there
     np.exp(e, out=e)
     e += 1
     return np.divide(1, e, out=e)
