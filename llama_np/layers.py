@@ -41,7 +41,7 @@ def rms_norm(module: str, x: np.ndarray, w: Weights, eps: float, tap: Tap = NO_T
 
 def softmax(x: np.ndarray) -> np.ndarray:
     """exp(x) / sum(exp(x)) over the last axis; subtracting the maximum prevents overflow."""
-    e = x - x.max(axis=-1, keepdims=True, initial=-math.inf)
+    e = x - x.max(axis=-1, keepdims=True, initial=-math.inf)  # (..., S)
     np.exp(e, out=e)
     e /= e.sum(axis=-1, keepdims=True)
     return e
@@ -49,8 +49,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Turn channel pair (j, j + H/2) of every head by its position's angle (RoPE)."""
-    first, second = np.split(x, 2, axis=-1)
-    turned = np.concatenate([-second, first], axis=-1)
+    first, second = np.split(x, 2, axis=-1)  # (..., H/2) x2
+    turned = np.concatenate([-second, first], axis=-1)  # (..., H)
     return x * cos + turned * sin
 
 
@@ -103,7 +103,7 @@ def self_attention(
     v = split_heads(project("self_attn.v_proj", x, w, tap), H)  # (B, K, T, H)
     q_rot = tap("self_attn.q_rot", rotate(q, *rope))  # (B, N, T, H)
     k_rot = tap("self_attn.k_rot", rotate(k, *rope))  # (B, K, T, H)
-    keys, values = store(k_rot, v)
+    keys, values = store(k_rot, v)  # (B, K, S, H) x2
     context = attend(q_rot, keys, values, visible, tap)  # (B, T, N*H)
     return tap("self_attn", project("self_attn.o_proj", context, w, tap))  # (B, T, D)
 

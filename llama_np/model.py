@@ -33,8 +33,8 @@ def hidden_states(
     Errors: IndexError for an id outside the vocabulary; TypeError for ids that are not integers.
     """
     ids = check_tokens(tokens, config.vocab_size)  # (B, T)
-    embedded = embed(ids, weights["model.embed_tokens.weight"])  # (B, T, D)
-    embedded = tap("model.embed_tokens", embedded)
+    rows = embed(ids, weights["model.embed_tokens.weight"])  # (B, T, D)
+    embedded = tap("model.embed_tokens", rows)  # (B, T, D)
     return transform(embedded, weights, config, cache, positions, visible, tap)  # (B, T, D)
 
 
@@ -56,12 +56,13 @@ def transform(
         visible = causal(positions, key_positions)  # (B, 1, T, S)
     else:
         length = np.full((1, 1), visible.shape[-1])  # (1, 1)
-    rotations = rope.tables(positions, length, config, embedded.dtype, tap)
+    rotations = rope.tables(positions, length, config, embedded.dtype, tap)  # (B, 1, T, H) x2
     x = embedded
     for i in range(config.num_hidden_layers):
         name = f"model.layers.{i}"
-        inside, store = within(name + ".", tap), memory.store(i)
-        x = tap(name, decoder_layer(x, weights[name], rotations, visible, config, store, inside))
+        w, inside, store = weights[name], within(name + ".", tap), memory.store(i)
+        output = decoder_layer(x, w, rotations, visible, config, store, inside)  # (B, T, D)
+        x = tap(name, output)  # (B, T, D)
     return rms_norm("model.norm", x, weights, config.rms_norm_eps, tap)  # (B, T, D)
 
 
@@ -70,7 +71,8 @@ def causal(positions: np.ndarray, key_positions: np.ndarray) -> np.ndarray:
 
     One comparison is the causal mask, the offset of cached tokens and the padding at once.
     """
-    queries, keys = positions[:, None, :, None], key_positions[:, None, None, :]
+    queries = positions[:, None, :, None]  # (B, 1, T, 1)
+    keys = key_positions[:, None, None, :]  # (B, 1, 1, S)
     return (keys >= 0) & (keys <= queries)  # (B, 1, T, S)
 
 
@@ -99,7 +101,7 @@ def classify(
 
 def check_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Token ids as a (B, T) integer array; NumPy alone would let -1 mean the last word."""
-    ids = np.asarray(tokens)
+    ids = np.asarray(tokens)  # (B, T)
     if ids.ndim != 2:
         raise ValueError(f"token ids have shape {ids.shape}, expected (B, T)")
     if not np.issubdtype(ids.dtype, np.integer) and ids.size:
@@ -116,7 +118,7 @@ def _positions(
     """The given positions as (B, T) integers, or those that continue what is remembered."""
     if positions is None:
         return memory.continuation(*shape)
-    given = np.asarray(positions)
+    given = np.asarray(positions)  # (B, T) or (T,)
     if not np.issubdtype(given.dtype, np.integer) and given.size:
         raise TypeError(f"positions are {given.dtype}, expected integers")
     return np.broadcast_to(given.astype(np.int64, copy=False), shape)

@@ -41,8 +41,8 @@ def frequencies_of(config: Config, theta: float | np.ndarray) -> np.ndarray:
     itself is not; that matches transformers to the last bit in almost every entry.
     """
     dtype = np.dtype(config.rope_angles)
-    exponents = np.arange(0, config.head_dim, 2).astype(dtype) / dtype.type(config.head_dim)
-    powers = np.power(theta, exponents.astype(np.float64))  # (1|B, H/2) or (H/2)
+    exponents = np.arange(0, config.head_dim, 2, dtype) / dtype.type(config.head_dim)  # (H/2,)
+    powers = np.power(theta, exponents.astype(np.float64))  # (1|B, H/2) or (H/2,)
     return np.atleast_2d(1 / powers.astype(dtype))
 
 
@@ -69,23 +69,25 @@ def dynamic(config: Config, length: np.ndarray) -> np.ndarray:
 
 def llama3(config: Config, length: np.ndarray) -> np.ndarray:
     """Llama 3.1: short waves stay, long waves are divided by `factor`, a blend in between."""
-    scaling, plain = config.rope_scaling, frequencies_of(config, config.rope_theta)
+    scaling = config.rope_scaling
+    plain = frequencies_of(config, config.rope_theta)  # (1, H/2)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = original_length(config) * plain / (2 * math.pi)  # turns within the original length
-    keep = np.clip((turns - low) / (high - low), 0, 1)
+    turns = original_length(config) * plain / (2 * math.pi)  # (1, H/2): in the original length
+    keep = np.clip((turns - low) / (high - low), 0, 1)  # (1, H/2)
     return (1 - keep) * plain / scaling["factor"] + keep * plain
 
 
 def yarn(config: Config, length: np.ndarray) -> np.ndarray:
     """YaRN (arXiv:2309.00071): a linear ramp over the pairs from kept to divided frequencies."""
-    scaling, plain = config.rope_scaling, frequencies_of(config, config.rope_theta)
+    scaling = config.rope_scaling
+    plain = frequencies_of(config, config.rope_theta)  # (1, H/2)
     bounds = [_pair_with_turns(config, scaling.get(name) or turns) for name, turns in _YARN_BETAS]
     rounded = [math.floor(bounds[0]), math.ceil(bounds[1])]
     first, last = rounded if scaling.get("truncate", True) else bounds
     first, last = max(first, 0), min(last, config.head_dim - 1)
     width = max(last - first, 0.001)  # keeps the ramp defined when both ends coincide
-    pairs = np.arange(config.head_dim // 2, dtype=plain.dtype)
-    divide = np.clip((pairs - first) / width, 0, 1)
+    pairs = np.arange(config.head_dim // 2, dtype=plain.dtype)  # (H/2,)
+    divide = np.clip((pairs - first) / width, 0, 1)  # (H/2,)
     return plain / stretch(config) * divide + plain * (1 - divide)
 
 
@@ -100,9 +102,10 @@ def _pair_with_turns(config: Config, turns: float) -> float:
 
 def longrope(config: Config, length: np.ndarray) -> np.ndarray:
     """LongRoPE (arXiv:2402.13753): a divisor per pair, one list for short and one for long text."""
-    scaling, plain = config.rope_scaling, frequencies_of(config, config.rope_theta)
+    scaling = config.rope_scaling
+    plain = frequencies_of(config, config.rope_theta)  # (1, H/2)
     is_long = np.asarray(length) > original_length(config)  # (1|B, 1)
-    divisors = np.where(is_long, scaling["long_factor"], scaling["short_factor"])
+    divisors = np.where(is_long, scaling["long_factor"], scaling["short_factor"])  # (1|B, H/2)
     return plain / divisors.astype(plain.dtype)
 
 
