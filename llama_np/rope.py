@@ -41,7 +41,7 @@ def frequencies_of(config: Config, theta: float | np.ndarray) -> np.ndarray:
     itself is not; that matches transformers to the last bit in almost every entry.
     """
     dtype = np.dtype(config.rope_angles)
-    exponents = np.arange(0, config.head_dim, 2, dtype) / dtype.type(config.head_dim)  # (H/2,)
+    exponents = np.arange(0, config.head_dim, 2, dtype=dtype) / dtype.type(config.head_dim)  # (H/2,)
     powers = np.power(theta, exponents.astype(np.float64))  # (1|B, H/2) or (H/2,)
     return np.atleast_2d(1 / powers.astype(dtype))
 
@@ -85,7 +85,7 @@ def yarn(config: Config, length: np.ndarray) -> np.ndarray:
     rounded = [math.floor(bounds[0]), math.ceil(bounds[1])]
     first, last = rounded if scaling.get("truncate", True) else bounds
     first, last = max(first, 0), min(last, config.head_dim - 1)
-    width = max(last - first, 0.001)  # keeps the ramp defined when both ends coincide
+    width = (last - first) or 0.001  # keeps the ramp defined when both ends coincide
     pairs = np.arange(config.head_dim // 2, dtype=plain.dtype)  # (H/2,)
     divide = np.clip((pairs - first) / width, 0, 1)  # (H/2,)
     return plain / stretch(config) * divide + plain * (1 - divide)
