@@ -81,9 +81,11 @@ class AddedToken:
         names = cls.__dataclass_fields__
         if isinstance(token, Mapping):
             return cls(**{k: v for k, v in token.items() if k in names})
-        if not hasattr(token, "content"):
-            raise TypeError(f"a token must be str or AddedToken, found {type(token).__name__}")
-        return cls(**{name: getattr(token, name) for name in names})
+        try:
+            return cls(**{name: getattr(token, name) for name in names})
+        except AttributeError as problem:
+            found = type(token).__name__
+            raise TypeError(f"a token must be str or AddedToken, found {found}") from problem
 
 
 class BatchEncoding(UserDict[str, Any]):
@@ -1370,10 +1372,10 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             unk_token, bos_token, eos_token = (
                 AddedToken.of(t, special=True) if t else t for t in (unk_token, bos_token, eos_token)
             )
-            if options.get("pad_token"):
-                options["pad_token"] = AddedToken.of(options["pad_token"], special=True)
-            slow = {"sp_model_kwargs": {}, "spaces_between_special_tokens": False, "legacy": True}
-            options = {**slow, **options, "legacy": options.get("legacy") is not False}
+            pad = options.get("pad_token")
+            slow = {"sp_model_kwargs": {}, "spaces_between_special_tokens": False}
+            options = slow | options | {"legacy": options.get("legacy") is not False}
+            options["pad_token"] = AddedToken.of(pad, special=True) if pad else None
         self.vocab_file = None if vocab_file is None else str(vocab_file)
         self.legacy = bool(options.get("legacy", True))
         self.use_default_system_prompt = use_default_system_prompt
@@ -1388,6 +1390,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             use_default_system_prompt=use_default_system_prompt,
             **options,
         )
+        self._added = self.added_tokens_decoder
         self._register([AddedToken.of(added[i]) for i in sorted(added)])
         self._add_bos_token, self._add_eos_token = add_bos_token, add_eos_token
         self.update_post_processor()
@@ -1474,7 +1477,9 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
                 library.AddedToken(**{**asdict(token), "special": token.special or special})
             )
         add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
-        return int(add(made))
+        count = int(add(made))
+        self._added = self.added_tokens_decoder
+        return count
 
     def _token_to_id(self, token: str) -> Any:
         index = self._tokenizer.token_to_id(token)
@@ -1483,6 +1488,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return index
 
     def _id_to_token(self, index: int) -> str:
+        if index in self._added:  # newer libraries spell these with a prefix space
+            return self._added[index].content
         token = self._tokenizer.id_to_token(index)
         if token is None:
             raise IndexError(f"token id {index} is outside the vocabulary of {len(self)}")
@@ -1546,9 +1553,14 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _run(self, texts: list[Any], options: Options) -> list[Any]:
         backend, split = self._tokenizer, options.split_special_tokens
+        pair = any(isinstance(text, tuple) for text in texts)
+        around = self._tokenizer.num_special_tokens_to_add(pair) * options.add_special_tokens
+        cut = options.truncation != "do_not_truncate"
+        if cut and options.stride and options.stride >= (options.max_length or 0) - around:
+            raise ValueError("stride must be less than max_length without the control tokens")
         try:
             backend.encode_special_tokens = self.split_special_tokens if split is None else split
-            if options.truncation != "do_not_truncate":
+            if cut:
                 backend.enable_truncation(
                     options.max_length, stride=options.stride, strategy=options.truncation,
                     direction=self.truncation_side,
@@ -1594,7 +1606,11 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         return str(self._tokenizer.decoder.decode(tokens))
 
     def _decode(self, ids: list[int], skip_special_tokens: bool, **_: Any) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        added = self._added if skip_special_tokens else {}
+        hidden = {i for i, token in added.items() if token.special}
+        tokens = [self._id_to_token(i) for i in ids if i not in hidden]
+        decoder = self._tokenizer.decoder
+        return str(decoder.decode(tokens)) if decoder is not None else " ".join(tokens)
 
     # --- files ---
 
