@@ -40,8 +40,8 @@ def frequencies_of(config: Config, theta: float | np.ndarray) -> np.ndarray:
     For float32 the exponent and the result are rounded where PyTorch rounds them, the power
     itself is not; that matches transformers to the last bit in almost every entry.
     """
-    dtype = np.dtype(config.rope_angles)
-    exponents = np.arange(0, config.head_dim, 2, dtype=dtype) / dtype.type(config.head_dim)  # (H/2,)
+    H, dtype = config.head_dim, np.dtype(config.rope_angles)
+    exponents = np.arange(0, H, 2).astype(dtype) / dtype.type(H)  # (H/2,)
     powers = np.power(theta, exponents.astype(np.float64))  # (1|B, H/2) or (H/2,)
     return np.atleast_2d(1 / powers.astype(dtype))
 
