@@ -156,7 +156,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     """Contiguous; half-precision values are widened to float32, which is exact."""
     tensor = tensor.detach()
     wide = tensor.float() if tensor.is_floating_point() else tensor
-    return np.ascontiguousarray(wide.numpy())
+    return np.array(wide.numpy(), order="C")
 
 
 def nudged(arrays: Arrays) -> Arrays:
@@ -217,11 +217,10 @@ def describe(array: np.ndarray) -> str:
 
 
 def save(path: Path, arrays: Arrays) -> None:
-    """Write contiguous arrays; transformers insists on the metadata."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    for name, array in arrays.items():  # ascontiguousarray makes a scalar (1,)
-        contiguous[name] = contiguous[name].reshape(array.shape)
-    save_file(contiguous, path, metadata={"format": "pt"})
+    """Write copies in C order (strided arrays would be stored wrongly); "pt" is what
+    transformers insists on."""
+    whole = {name: np.array(array, order="C") for name, array in arrays.items()}
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def write_json(path: Path, value: Any) -> None:
