@@ -394,12 +394,30 @@ def error(mine: np.ndarray, gold: np.ndarray) -> float:
     return float(difference / size) if size else float(0 if difference == 0 else "inf")
 
 
+def peak(mine: np.ndarray, gold: np.ndarray) -> float:
+    """max|mine - gold| / max|gold|, as `error` for what is not finite or empty."""
+    with np.errstate(all="ignore"):
+        difference = np.abs(mine - gold).max(initial=0.0)
+        size = np.abs(gold).max(initial=0.0)
+    if not np.isfinite(difference):
+        return float("inf")
+    return float(difference / size) if size else float(0 if difference == 0 else "inf")
+
+
+PEAK = 5  # a single number may be off by so many yardsticks
+
+
 def noise(run: Run, truth: Mapping[str, np.ndarray], precision: Precision) -> dict[str, float]:
-    """The yardsticks: the largest error of honest runs against the truth, per named array."""
+    """The yardsticks: the largest error of honest runs against the truth, per named array.
+
+    Where the error sits in few numbers (angles of far positions in float32), the yardstick is
+    large enough for these runs to pass the rule for single numbers too.
+    """
     worst = dict.fromkeys(truth, 0.0)
     wanted = frozenset(truth)
     for honest in honest_runs(run):
         trace, _ = evaluate(honest, precision, wanted)
         for name, gold in truth.items():
-            worst[name] = max(worst[name], error(trace[name], gold))
+            size = max(error(trace[name], gold), peak(trace[name], gold) / PEAK)
+            worst[name] = max(worst[name], size)
     return worst
