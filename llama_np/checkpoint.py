@@ -1,24 +1,36 @@
-"""From a checkpoint folder to (config, weights): everything is checked before it is loaded."""
+"""From a checkpoint to (config, weights): everything is checked before it is loaded.
+
+A checkpoint is a Hugging Face folder, a .safetensors file beside its config.json, a .gguf file,
+or a .bin file of llama2.c; it is found as a path, among the bundled models, or on the hub.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_np.config import Config, read_config, read_json
-from llama_np.errors import CheckpointError
+from llama_np.config import Config, config_from_dict, read_json
+from llama_np.errors import CheckpointError, ConfigError
+from llama_np.files import guess_format, open_regular, write_atomically
+from llama_np.gguf_file import parse_gguf
+from llama_np.gguf_model import gguf_source
+from llama_np.hub import download, is_hub_name
+from llama_np.llama2c import read_llama2c
 from llama_np.precision import to_bf16
 from llama_np.tokenizer import Tokenizer
 from llama_np.tokenizer import load_tokenizer as open_tokenizer
-from llama_np.weights import Stored, read_tensors
+from llama_np.weights import DTYPES, FLOATS, Source, Stored, read_tensors
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 MAX_INDEX_BYTES = 64 << 20
+MAX_SHARDS = 4096
 MOST_NAMES_LISTED = 10
 
 
@@ -33,22 +45,28 @@ def load(
 ) -> tuple[Config, dict[str, Any]]:
     """Load a checkpoint: `config, weights = load("fairytales")`.
 
-    dtype float32 or float64 is what the model computes in; "bfloat16" leaves matrices in two
-    bytes and computes in float32. Weights that need no widening are views of the mapped file.
-    Unknown tensors are warned of, or refused if `strict`.
+    `folder` is a folder, a .safetensors, .gguf or llama2.c .bin file, the name of a bundled
+    model, or owner/name[@revision] on the hub. dtype float32 or float64 is what the model
+    computes in; "bfloat16" leaves matrices in two bytes and computes in float32. Weights that
+    need no widening are views of the mapped file. Unknown tensors are warned of, or refused if
+    `strict`.
     Errors: OSError; ConfigError; CheckpointError (missing, mis-shaped, malformed, with
-    `check_finite` also NaN or infinity); MemoryError, before anything is allocated, when the
-    weights need more than `max_bytes` (by default 90 % of this machine's memory).
+    `check_finite` also NaN or infinity); NotImplementedError; MemoryError, before anything is
+    allocated, when the weights need more than `max_bytes` (by default 90 % of this machine's
+    memory).
     """
+    compute_dtype(dtype)  # a wrong dtype is told before a download
     path = locate(folder)
-    config = read_config(path)
-    stored = canonical_names(read_folder(path, mmap), config)
+    config, in_file = read_checkpoint(path, mmap)
+    stored = canonical_names(in_file, config)
     check_names_and_shapes(stored, config, path, strict)
+    stored = {name: stored[name] for name in expected_shapes(config) if name in stored}
     _check_memory(stored, dtype, max_bytes, path)
     if check_finite:
         _check_finite(stored, path)
-    arrays = {name: _as_dtype(name, tensor, dtype) for name, tensor in stored.items()}
-    return config, group_by_layer(arrays, config)
+    unique = {id(tensor): tensor for tensor in stored.values()}  # a tied head is one tensor
+    arrays = {key: _as_dtype(tensor, dtype) for key, tensor in unique.items()}
+    return config, group_by_layer({n: arrays[id(t)] for n, t in stored.items()}, config)
 
 
 def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
@@ -56,64 +74,168 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
 
     Errors: OSError; TokenizerError for a malformed file.
     """
-    return open_tokenizer(locate(name))
+    path = locate(name)
+    format = file_format(path)
+    if format == "folder" or path.name.startswith("tokenizer."):
+        return open_tokenizer(path)
+    if format == "safetensors":
+        return open_tokenizer(path.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in _read_single(path, format, mmap=True).files().items():
+            write_atomically(Path(folder) / file, content)
+        return open_tokenizer(folder)
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint: a path, or the name of a bundled one.
+    """Where a checkpoint is: a path that exists, a bundled model, or a download from the hub.
 
-    Errors: FileNotFoundError says what was looked for.
+    Errors: FileNotFoundError says what was looked for; those of huggingface_hub, unchanged.
     """
-    path = Path(name)
-    if not path.exists() and (BUNDLED / path.name).is_dir() and path.name == str(name):
-        return BUNDLED / path.name
-    if not path.exists():
-        raise FileNotFoundError(2, "no such checkpoint folder (nor a bundled model)", str(name))
-    if not path.is_dir():
-        raise NotADirectoryError(20, "a checkpoint is a folder", str(name))
-    return path
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if isinstance(name, str) and is_bare_file_name(name) and (BUNDLED / name).is_dir():
+        return BUNDLED / name
+    if isinstance(name, str) and is_hub_name(name):
+        return download(name)
+    raise FileNotFoundError(
+        2, "no such file or folder, no bundled model, and no owner/name of the hub", str(name)
+    )
 
 
-def read_folder(folder: Path, mmap: bool = True) -> dict[str, Stored]:
-    """The tensors of model.safetensors, or of the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists() or not index.exists():
-        if not single.exists():
-            raise FileNotFoundError(2, _what_is_there(folder), str(single))
-        return read_tensors(single, mmap)
-    return _read_shards(folder, index, mmap)
+def file_format(path: Path) -> str:
+    """What a checkpoint is: "folder", "safetensors", "gguf" or "llama2c".
+
+    Errors: OSError; CheckpointError for a pickle, an empty file, a pipe.
+    """
+    if path.is_dir():
+        return "folder"
+    with open_regular(path) as file:
+        start = file.read(8)
+    if start.startswith(b"GGUF") or path.suffix == ".gguf":
+        return "gguf"
+    if path.suffix == ".safetensors" or path.name.startswith("tokenizer."):
+        return "safetensors"
+    if path.suffix in (".pth", ".pt", ".pkl") or start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(
+            f"{str(path)!r} may be a pickle, which is never loaded: `llama-np convert` it first",
+            path,
+        )
+    if path.suffix == ".bin" and start:
+        return "llama2c"
+    raise CheckpointError(
+        f"{str(path)!r}: expected a folder, .safetensors, .gguf or llama2.c's .bin "
+        f"({guess_format(start)})",
+        path,
+    )
 
 
-def _what_is_there(folder: Path) -> str:
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
-    if pickles:
-        return f"no safetensors here, but {pickles[0].name!r}: convert it first"
-    return "no model.safetensors and no model.safetensors.index.json"
+def read_checkpoint(path: Path, mmap: bool = True) -> tuple[Config, dict[str, Stored]]:
+    """The configuration and the tensors, as they rest, of whatever `locate` found."""
+    format = file_format(path)
+    if format in ("folder", "safetensors"):
+        config = config_from_dict(read_values(path), where=repr(str(path)))
+        return config, read_folder(path, mmap)
+    source = _read_single(path, format, mmap)
+    config = config_from_dict(source.config, where=repr(str(path)))
+    sources = {k: v.replace("config.json", "the file") for k, v in config.sources.items()}
+    return replace(config, sources=sources), source.tensors
+
+
+def _read_single(path: Path, format: str, mmap: bool) -> Source:
+    """A file that holds a whole checkpoint."""
+    if format == "gguf":
+        file = parse_gguf(path)
+        source = gguf_source(file.metadata, file.tensors, str(path))
+    else:
+        source = read_llama2c(path)
+    if mmap:
+        return source
+    copies = {n: t.mapped(np.copy) if t.is_mapped else t for n, t in source.tensors.items()}
+    return replace(source, tensors=copies)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The content of config.json, or what stands for it in a GGUF or llama2.c file."""
+    format = file_format(path)
+    if format not in ("folder", "safetensors"):
+        return _read_single(path, format, mmap=True).config
+    folder = path if format == "folder" else path.parent
+    if format == "folder" and not (folder / "config.json").exists():
+        raise _nothing_to_load(folder, "config.json")
+    return read_json(folder / "config.json")
+
+
+def read_folder(path: Path, mmap: bool = True) -> dict[str, Stored]:
+    """The tensors of a folder (model.safetensors, or the shards of its index) or of a file.
+
+    Errors: OSError; CheckpointError; NotImplementedError.
+    """
+    format = file_format(path)
+    if format == "safetensors":
+        return read_tensors(path, mmap)
+    if format != "folder":
+        return _read_single(path, format, mmap).tensors
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists():
+        return read_tensors(path / "model.safetensors", mmap)
+    if index.exists():
+        return _read_shards(path, index, mmap)
+    raise _nothing_to_load(path, "model.safetensors")
+
+
+def _nothing_to_load(folder: Path, wanted: str) -> Exception:
+    """What to say about a folder that is no Hugging Face checkpoint in safetensors."""
+    for pattern, advice in (
+        ("*.pth", "convert it first: llama-np convert FOLDER OUT"),
+        ("pytorch_model*.bin", "convert it first: llama-np convert FOLDER OUT"),
+        ("*.pt", "convert it first: llama-np convert FILE OUT"),
+    ):
+        for found in sorted(folder.glob(pattern)):
+            what = f"holds the pickle {found.name!r}; {advice}"
+            return CheckpointError(f"{str(folder)!r} has no {wanted} but {what}", folder)
+    for pattern in ("*.gguf", "*.safetensors", "*.bin"):
+        for found in sorted(folder.glob(pattern)):
+            what = f"no {wanted} in this folder; name a file in it, such as {found.name!r}"
+            return FileNotFoundError(2, what, str(folder / wanted))
+    return FileNotFoundError(2, f"no {wanted} in this folder", str(folder / wanted))
 
 
 def _read_shards(folder: Path, index: Path, mmap: bool) -> dict[str, Stored]:
-    places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(places, dict):
-        raise CheckpointError(f"{str(index)!r} has no weight_map", index)
-    for name, file in places.items():
-        if not is_bare_file_name(file):
-            raise CheckpointError(
-                f"{str(index)!r}: tensor {name!r} is placed in {file!r}, expected a file name",
-                index,
-                name,
-            )
+    places = _read_index(index)
     tensors: dict[str, Stored] = {}
     for file in sorted(set(places.values())):
         shard = read_tensors(folder / file, mmap)
         twice = tensors.keys() & shard.keys()
         if twice:
             raise CheckpointError(f"{file!r}: tensor {min(twice)!r} is in another shard too", index)
+        lost = {name for name, place in places.items() if place == file} - shard.keys()
+        if lost:
+            where = f"{str(index)!r}: {file!r} does not hold"
+            raise CheckpointError(f"{where} {_listed(lost)}", index, min(lost))
         tensors |= shard
-    lost = places.keys() - tensors.keys()
-    if lost:
-        raise CheckpointError(f"{str(index)!r}: no shard holds {_listed(lost)}", index, min(lost))
     return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The weight_map, checked: file names in it cannot lead out of the folder."""
+    try:
+        places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    except ConfigError as problem:
+        raise CheckpointError(str(problem), index) from problem
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{str(index)!r} has no weight_map", index)
+    for name, file in places.items():
+        if not is_bare_file_name(file):
+            raise CheckpointError(
+                f"{str(index)!r}: tensor {name!r} is placed in {file!r:.200}, expected a bare "
+                "file name",
+                index,
+                name,
+            )
+    if len(set(places.values())) > MAX_SHARDS:
+        raise CheckpointError(f"{str(index)!r} names more than {MAX_SHARDS} shards", index)
+    return places
 
 
 def is_bare_file_name(name: Any) -> bool:
@@ -186,7 +308,14 @@ def check_names_and_shapes(
     missing = shapes.keys() - stored.keys() - optional_tensors(config)
     if missing:
         raise CheckpointError(f"{str(path)!r} lacks {_listed(missing)}", path, min(missing))
-    for name in shapes.keys() & stored.keys():
+    for name in sorted(shapes.keys() & stored.keys()):
+        if stored[name].dtype not in FLOATS:
+            raise CheckpointError(
+                f"{str(path)!r}: tensor {name!r} has the dtype {stored[name].dtype}, "
+                "expected floating-point numbers",
+                path,
+                name,
+            )
         if stored[name].shape != shapes[name]:
             raise CheckpointError(
                 f"{str(path)!r}: tensor {name!r} has the shape {stored[name].shape}, "
@@ -212,12 +341,13 @@ def _check_memory(
 ) -> None:
     """Errors: MemoryError with the estimate, if the widened weights would not fit."""
     limit = physical_memory() * 9 // 10 if max_bytes is None else max_bytes
-    needed = sum(resident_bytes(tensor, dtype) for tensor in stored.values())
-    if limit and needed > limit:
+    unique = {id(tensor): tensor for tensor in stored.values()}
+    needed = sum(resident_bytes(tensor, dtype) for tensor in unique.values())
+    if needed > limit and (limit or max_bytes is not None):
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         raise MemoryError(
-            f"{str(path)!r} needs about {needed / 1e9:.1f} GB as {np.dtype(dtype)}"
-            if dtype != "bfloat16"
-            else f"{str(path)!r} needs about {needed / 1e9:.1f} GB"
+            f"{str(path)!r} needs about {needed / 1e9:.3g} GB of memory as {name}, more than the "
+            f"limit of {limit / 1e9:.3g} GB"
         )
 
 
@@ -231,8 +361,10 @@ def physical_memory() -> int:
 
 def resident_bytes(tensor: Stored, dtype: Any) -> int:
     """Bytes that loading this tensor allocates: none when it stays in the file."""
-    stays = _rests_as_bf16(tensor, dtype) or tensor.array.dtype == compute_dtype(dtype)
-    return 0 if stays else tensor.array.size * compute_dtype(dtype).itemsize
+    if _rests_as_bf16(tensor, dtype):
+        return 0 if tensor.dtype == "BF16" and tensor.is_mapped else 2 * tensor.size
+    stays = np.dtype(DTYPES[tensor.dtype]) == compute_dtype(dtype) and tensor.is_mapped
+    return 0 if stays else tensor.size * compute_dtype(dtype).itemsize
 
 
 def compute_dtype(dtype: Any) -> np.dtype:
@@ -249,13 +381,14 @@ def _rests_as_bf16(tensor: Stored, dtype: Any) -> bool:
     return isinstance(dtype, str) and dtype == "bfloat16" and len(tensor.shape) == 2
 
 
-def _as_dtype(name: str, tensor: Stored, dtype: Any) -> np.ndarray:
+def _as_dtype(tensor: Stored, dtype: Any) -> np.ndarray:
     """The array that the model computes with; matrices may rest as bfloat16 bits."""
-    if tensor.dtype[0] not in "FB" or tensor.dtype == "BOOL":
-        raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}, expected numbers")
     if _rests_as_bf16(tensor, dtype):
-        return tensor.array if tensor.dtype == "BF16" else to_bf16(tensor.widened())
-    return tensor.widened().astype(compute_dtype(dtype), copy=False)
+        array = tensor.array if tensor.dtype == "BF16" else to_bf16(tensor.widened())
+    else:
+        array = tensor.widened().astype(compute_dtype(dtype), copy=False)
+    array.flags.writeable = False  # also where it is no view of a file
+    return array
 
 
 def _check_finite(stored: Mapping[str, Stored], path: Path) -> None:

@@ -6,15 +6,16 @@ A key that would change the numbers and is not implemented is an error, never ig
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llama_np.activations import ACTIVATIONS
-from llama_np.errors import ConfigError
+from llama_np.errors import CheckpointError, ConfigError
+from llama_np.files import read_bounded
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WIDTH = 1 << 20
@@ -226,12 +227,10 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
     Errors: OSError as the operating system says; ConfigError for everything malformed.
     """
-    with open(path, "rb") as file:
-        if not path.is_file():
-            raise ConfigError(f"{str(path)!r} is not a regular file")
-        text = file.read(limit + 1)
-    if len(text) > limit:
-        raise ConfigError(f"{str(path)!r} is larger than {limit} bytes")
+    try:
+        text = read_bounded(path, limit)
+    except CheckpointError as problem:
+        raise ConfigError(str(problem)) from problem
     try:
         content = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
@@ -244,11 +243,12 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"duplicate key {twice!r}")
-    return dict(pairs)
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"duplicate key {key!r:.100}")
+        content[key] = value
+    return content
 
 
 def _refuse_constant(name: str) -> None:
@@ -261,7 +261,15 @@ def config_from_dict(values: Mapping[str, Any], where: str = "the configuration"
     Errors: ConfigError names the key, the value and the rule; NotImplementedError names what
     the configuration asks for and llama_np lacks.
     """
-    values = dict(values)
+    try:
+        return _from_dict(dict(values), where)
+    except ConfigError as problem:
+        if str(problem).startswith(where):
+            raise
+        raise ConfigError(f"{where}: {problem}") from problem
+
+
+def _from_dict(values: dict[str, Any], where: str) -> Config:
     sources: dict[str, str] = {}
     _refuse_other_models(values, where)
     rope = _rope(values, sources)
@@ -275,13 +283,21 @@ def config_from_dict(values: Mapping[str, Any], where: str = "the configuration"
     known.update(rope)
     known["eos_token_id"] = _token_ids(known["eos_token_id"])
     known["id2label"] = _labels(values, sources)
-    architectures = values.pop("architectures", None) or ()
+    architectures = _names("architectures", values.pop("architectures", None))
     _refuse_unknown(values, where)
-    return Config(**known, architectures=tuple(architectures), sources=sources)
+    return Config(**known, architectures=architectures, sources=sources)
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | None) or not all(type(n) is str for n in value or ()):
+        raise ConfigError(f"{key} = {value!r}: expected a list of names or null")
+    return tuple(value or ())
 
 
 def _refuse_other_models(values: dict[str, Any], where: str) -> None:
     model_type = values.get("model_type", "llama")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"model_type = {model_type!r}: expected 'llama'")
     if model_type != "llama":
         raise NotImplementedError(f"{where}: model_type is {model_type!r}, expected 'llama'")
     for name in NOT_IMPLEMENTED & values.keys():
@@ -332,7 +348,9 @@ def _rope(values: dict[str, Any], sources: dict[str, str]) -> dict[str, Any]:
     old, new = rope.pop("type", None), rope.pop("rope_type", None)
     if old is not None and new is not None and old != new:
         raise ConfigError(f"rope_scaling has type = {old!r} and rope_type = {new!r}")
-    kind = new or old or ("default" if not rope else None)
+    kind = old if new is None else new
+    if kind is None and not rope:
+        kind = "default"
     if rope.get("partial_rotary_factor", 1.0) == 1.0:
         rope.pop("partial_rotary_factor", None)
     sources["rope_scaling"] = "config.json" if chosen else "default of transformers"
@@ -357,7 +375,7 @@ def _labels(values: dict[str, Any], sources: dict[str, str]) -> dict[int, str]:
     try:
         return {int(i): str(name) for i, name in labels.items()}
     except (AttributeError, TypeError, ValueError) as problem:
-        raise ConfigError(f"id2label = {labels!r}: expected an object of names") from problem
+        raise ConfigError(f"id2label = {labels!r:.200}: expected an object of names") from problem
 
 
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
@@ -365,7 +383,7 @@ def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
         if name in HARMLESS or value in (None, False, 0, "", [], {}):
             continue
         raise ConfigError(
-            f"{where} sets {name!r} = {value!r}, which llama_np does not know; "
+            f"{where} sets {name!r} = {value!r:.200}, which llama_np does not know; "
             "remove the key if it does not change the numbers"
         )
 
@@ -390,7 +408,7 @@ def _check(config: Config) -> None:
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} = {getattr(config, name)!r}: expected true or false")
-    if config.hidden_act not in ACTIVATIONS:
+    if type(config.hidden_act) is not str or config.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ConfigError(f"hidden_act = {config.hidden_act!r}: expected one of {known}")
     if config.rope_angles not in ("float32", "float64"):
@@ -400,11 +418,10 @@ def _check(config: Config) -> None:
 
 
 def _check_token_ids(config: Config) -> None:
-    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    optional = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    ids = {name: value for name, value in optional.items() if value is not None}
     ids |= {f"eos_token_id[{i}]": value for i, value in enumerate(config.eos_token_id)}
     for name, value in ids.items():
-        if value is None:
-            continue
         if type(value) is not int or not -1 <= value < MAX_VOCABULARY:
             raise ConfigError(f"{name} = {value!r}: expected a token id or null")
 
@@ -412,7 +429,7 @@ def _check_token_ids(config: Config) -> None:
 def _check_rope(config: Config) -> None:
     rope = dict(config.rope_scaling)
     kind = rope.pop("rope_type", None)
-    if kind not in ROPE_PARAMETERS:
+    if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
         if isinstance(kind, str) and kind:
             raise NotImplementedError(
                 f"rope_type {kind!r} is not implemented; known: {', '.join(ROPE_PARAMETERS)}"
@@ -420,7 +437,7 @@ def _check_rope(config: Config) -> None:
         raise ConfigError(f"rope_scaling = {dict(config.rope_scaling)!r}: expected a rope_type")
     required, optional = ROPE_PARAMETERS[kind]
     for name in required:
-        if name not in rope:
+        if rope.get(name) is None:
             raise ConfigError(f"rope_scaling of type {kind!r} needs {name!r}")
     for name, value in rope.items():
         if name not in required + optional:
@@ -428,6 +445,10 @@ def _check_rope(config: Config) -> None:
         _check_rope_parameter(config, name, value)
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise ConfigError("rope_scaling: low_freq_factor must be below high_freq_factor")
+    if kind == "yarn" and config.rope_theta <= 1:  # its formula divides by log(theta)
+        raise ConfigError(f"rope_theta = {config.rope_theta!r}: 'yarn' needs more than 1")
+    if kind == "dynamic" and config.head_dim == 2:  # its exponent is H / (H - 2)
+        raise ConfigError("head_dim = 2: rope_scaling of type 'dynamic' needs 4 or more")
 
 
 def _check_rope_parameter(config: Config, name: str, value: Any) -> None:
@@ -453,9 +474,9 @@ def _whole(name: str, value: Any, largest: int) -> int:
 
 
 def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) not in (int, float):  # a NumPy scalar would promote float32 arrays
         raise ConfigError(f"{name} = {value!r}: expected a number")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < sys.float_info.max:  # false for NaN too; integers may be huge
         raise ConfigError(f"{name} = {value!r}: expected a finite number above 0")
 
 
@@ -468,7 +489,16 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     values["id2label"] = {str(i): name for i, name in config.id2label.items()}
     values["label2id"] = {name: i for i, name in config.id2label.items()}
     values["architectures"] = list(config.architectures) or None
-    scaling = dict(config.rope_scaling)
-    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    values["rope_scaling"] = _oldest_spelling(config.rope_scaling)
     values["model_type"] = "llama"
     return values
+
+
+def _oldest_spelling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scaling as the oldest reader that knows it expects it.
+
+    transformers 4.37 knows "linear" and "dynamic", as exactly `type` and a float `factor`.
+    """
+    if rope["rope_type"] in ("linear", "dynamic") and rope.keys() == {"rope_type", "factor"}:
+        return {"type": rope["rope_type"], "factor": float(rope["factor"])}
+    return None if rope["rope_type"] == "default" else dict(rope)

@@ -25,7 +25,7 @@ import numpy as np
 from llama_np.checkpoint import locate
 from llama_np.config import DEFAULTS, NOT_IMPLEMENTED, Config, config_from_dict, read_json
 from llama_np.errors import ConfigError
-from llama_np.weights import write_atomically
+from llama_np.files import write_atomically
 
 FORMAT_VERSION = "4.37.2"  # the version of transformers whose file format is written
 

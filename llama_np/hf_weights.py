@@ -15,8 +15,9 @@ import numpy as np
 from llama_np.checkpoint import canonical_names, expected_shapes, read_folder
 from llama_np.config import Config
 from llama_np.errors import CheckpointError
+from llama_np.files import write_atomically
 from llama_np.precision import is_bf16, round_bf16, round_f16, to_bf16, widen
-from llama_np.weights import Stored, save_tensors, write_atomically
+from llama_np.weights import Stored, save_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 HEADS = ("lm_head.weight", "score.weight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from llama_np.checkpoint import (
     check_names_and_shapes,
     compute_dtype,
     locate,
-    read_folder,
+    read_checkpoint,
     resident_bytes,
 )
-from llama_np.config import Config, config_to_dict, read_config
+from llama_np.config import Config, config_to_dict
 
 PARTS = {
     "embed_tokens": "embedding",
@@ -37,29 +36,30 @@ def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str
     Errors: as `checkpoint.load`.
     """
     folder = locate(model)
-    config = read_config(folder)
-    in_file = read_folder(folder)
+    config, in_file = read_checkpoint(folder)
     stored = canonical_names(in_file, config)
     check_names_and_shapes(stored, config, folder)
     parts: dict[str, int] = {}
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(stored.items())}
     for name, tensor in unique.values():
         part = next((label for key, label in PARTS.items() if key in name), "other")
-        parts[part] = parts.get(part, 0) + int(tensor.array.size)
+        parts[part] = parts.get(part, 0) + tensor.size
     return {
-        "model": str(folder),
+        "model": str(path),
         "architecture": architecture(config),
         "parameters": sum(parts.values()),
         "parameters_per_part": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "tied_embedding": config.tie_word_embeddings,
-        "bytes_on_disk": sum(t.array.nbytes for t in in_file.values()),
+        "bytes_on_disk": (
+            sum(t.nbytes for t in in_file.values()) if folder.is_dir() else folder.stat().st_size
+        ),
         "bytes_resident": sum(resident_bytes(t, dtype) for _, t in unique.values()),
         "bytes_per_cached_token": cache_bytes_per_token(config, dtype),
         "dtypes": sorted({tensor.dtype for tensor in stored.values()}),
         "shapes": {name: list(tensor.shape) for name, tensor in stored.items()},
         "config": config_to_dict(config),
         "config_sources": dict(config.sources),
-        "files": sorted(file.name for file in Path(folder).iterdir()),
+        "files": sorted(f.name for f in (folder.iterdir() if folder.is_dir() else [folder])),
     }
 
 

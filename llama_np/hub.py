@@ -1,0 +1,43 @@
+"""Checkpoints from the Hugging Face hub, through huggingface_hub: its cache, its progress bars."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llama_np.errors import require
+
+# Never *.bin, *.pth or *.pt: pickles can run code, and nothing here would read them anyway.
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+# Not the copies that some repositories keep in folders of their own, such as Meta's original/.
+NOT_WANTED = ["*/*"]
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[^\s@:\\]{1,255})?", re.ASCII)
+_FILE_ENDINGS = (".safetensors", ".gguf", ".bin", ".json", ".model", ".pth", ".pt")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name reads as owner/name or owner/name@revision."""
+    return bool(_NAME.fullmatch(name)) and not name.endswith(_FILE_ENDINGS)
+
+
+def download(name: str) -> Path:
+    """The folder of a snapshot in the hub's cache, fetched if it is not there yet.
+
+    `name` is owner/name[@revision]: a branch, a tag or a commit. Without a network, or with the
+    hub's own offline switch (HF_HUB_OFFLINE=1), the cache is used as it is.
+    Errors: ModuleNotFoundError without huggingface_hub; its own errors, unchanged (a missing
+    repository or an empty cache is an OSError, a bad name a ValueError).
+    """
+    try:
+        hub = require("huggingface_hub", extra="hub")
+    except ModuleNotFoundError as missing:
+        missing.add_note(f"{name!r} is no file or folder here, so it was looked for on the hub")
+        raise
+    repository, _, revision = name.partition("@")
+    folder = hub.snapshot_download(
+        repository,
+        revision=revision or None,
+        allow_patterns=PATTERNS,
+        ignore_patterns=NOT_WANTED,
+    )
+    return Path(folder)
