@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_np import __version__
+from llama_np import __version__, cli_chat
 from llama_np.terminal import Progress, note, visible, write
 
 
@@ -64,7 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_classify(commands)
     _add_inspect(commands)
+    cli_chat.add_commands(commands, add_generation_options)
     return parser
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that generates text."""
+    add_model_options(parser)
+    add_sampling_options(parser)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +105,7 @@ def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue a text")
     parser.add_argument("prompt", nargs="?", help="'-' or nothing: read standard input")
     parser.add_argument("--prompts", metavar="FILE", help="decode all lines as one batch")
-    add_model_options(parser)
-    add_sampling_options(parser)
+    add_generation_options(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest")

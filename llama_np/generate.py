@@ -189,11 +189,13 @@ def _decode(
         ]
         yield from reports
         kept = [i for i, report in enumerate(reports) if report.finish_reason is None]
+        if not kept:  # the next prompts begin afresh, and a caller's cache stays as it is
+            rows, cache = [], None
+            continue
         if len(kept) < len(rows):
-            rows[:] = [rows[i] for i in kept]
+            rows = [rows[i] for i in kept]
             _memory(cache).select(np.array(kept, np.int64))
-        if rows:
-            scores = _step(rows, weights, config, _memory(cache))
+        scores = _step(rows, weights, config, _memory(cache))
 
 
 def _memory(cache: KVCache | None) -> KVCache:

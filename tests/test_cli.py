@@ -125,7 +125,7 @@ def test_inspect_counts_parameters_and_names_the_source_of_every_value(
     arrays = {id(a): a for layer in weights.values() for a in _arrays(layer)}
     assert summary["parameters"] == sum(a.size for a in arrays.values())
     assert summary["config_sources"]["hidden_size"] == "config.json"
-    assert summary["config_sources"]["attention_bias"] == "default of transformers"
+    assert summary["config_sources"]["mlp_bias"] == "default of transformers"
     _, table, _ = in_process(capsys, "inspect")
     assert f"{summary['parameters']:,}" in table
 

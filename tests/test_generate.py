@@ -109,7 +109,7 @@ def test_a_cache_spares_the_prefix_and_changes_nothing() -> None:
     (plain,) = generate([prompt], WEIGHTS, ENDLESS, max_new_tokens=6)
     (warm,) = generate([prompt], WEIGHTS, ENDLESS, max_new_tokens=6, cache=cache)
     assert warm == plain
-    assert cache.length == len(prompt) + 5  # the last token was never fed
+    assert (cache.batch, cache.length) == (1, len(prompt) + 5)  # the last token was never fed
 
 
 def test_long_prompts_are_prefilled_in_chunks() -> None:

@@ -1,0 +1,145 @@
+"""A conversation with a model: history, templates, and a cache that lives through the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_np.cache import KVCache
+from llama_np.chat_template import encode_chat, llama2_prompt, llama3_prompt, shield
+from llama_np.config import Config
+from llama_np.generate import Token, activation_dtype, stream
+from llama_np.model import ModelWeights
+from llama_np.sampling import Sampling
+from llama_np.tokenizer import Tokenizer
+
+FORMATS = ("auto", "plain", "llama2", "llama3")
+
+
+@dataclass
+class Chat:
+    """A conversation. `messages` are {"role", "content"}; what was computed is not run again.
+
+    format: "auto" takes the checkpoint's own template, or LLaMA-3's format if its control
+    tokens exist, else "plain": the messages are simply one text, which the model continues.
+    A message's content never becomes a control token, whatever it holds.
+    """
+
+    config: Config
+    weights: ModelWeights
+    tokenizer: Tokenizer
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    seed: int = 0
+    format: str = "auto"
+    messages: list[dict[str, str]] = field(default_factory=list)
+    forgotten: int = 0  # messages that fell out of the context in the latest turn
+    reused: int = 0  # prompt tokens that the latest turn found in the cache
+    cached_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format = {self.format!r}: expected one of {', '.join(FORMATS)}")
+        self.cache = KVCache(self.config, dtype=activation_dtype(self.weights))
+
+    @property
+    def effective_format(self) -> str:
+        """What "auto" means for this checkpoint: "template", "llama3" or "plain"."""
+        if self.format != "auto":
+            return self.format
+        if self.tokenizer.chat_template is not None:
+            return "template"
+        known = self.tokenizer.special_tokens
+        return "llama3" if "<|start_header_id|>" in known else "plain"
+
+    def answer(self, text: str) -> Iterator[Token]:
+        """Say something and stream the model's answer; both join the history.
+
+        Closing the iterator early (or an interrupt) keeps the part that was answered.
+        Errors: ChatTemplateError; ValueError when the message alone exceeds the context. The
+        history is then as before.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids = self._fitting_ids()
+        except BaseException:
+            self.messages = before
+            raise
+        return self._stream(ids)
+
+    def regenerate(self) -> Iterator[Token]:
+        """Answer the latest message again, with another seed.
+
+        Errors: ValueError when nothing was said yet.
+        """
+        while self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise ValueError("there is nothing to answer again")
+        self.seed += 1
+        return self._stream(self._fitting_ids())
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+
+    def _stream(self, ids: list[int]) -> Iterator[Token]:
+        self.reused = self._keep_common_prefix(ids)
+        reply, produced = "", []
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_tokens,
+            "sampling": self.sampling,
+            "seeds": [self.seed],
+            "stop_ids": sorted({*self.config.eos_token_id, *self.tokenizer.eos_ids}),
+            "tokenizer": self.tokenizer,
+            "cache": self.cache,
+        }
+        try:
+            for token in stream([ids], self.weights, self.config, **options):
+                reply += token.text
+                produced += [] if token.id is None else [token.id]
+                yield token
+        finally:  # an interrupted step may have left half a token in the cache
+            known = [*ids, *produced[:-1]] if produced else ids[: self.reused]
+            self.cached_ids = known[: self.cache.length]
+            self.cache.crop(len(self.cached_ids))
+            self.messages.append({"role": "assistant", "content": reply})
+
+    def _keep_common_prefix(self, ids: list[int]) -> int:
+        """Crop the cache to what it shares with the new prompt; returns how much that is."""
+        pairs = zip(self.cached_ids, ids[:-1], strict=False)
+        common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+        if common is None:
+            common = min(len(self.cached_ids), len(ids) - 1)
+        self.cache.crop(common)
+        return common
+
+    def _fitting_ids(self) -> list[int]:
+        """The prompt, after forgetting the oldest turns that do not fit into the context."""
+        self.forgotten = 0
+        room = self.config.max_position_embeddings
+        while True:
+            ids = self._encode()
+            if len(ids) < room:
+                return ids
+            oldest = next((i for i, m in enumerate(self.messages) if m["role"] != "system"), 0)
+            if oldest >= len(self.messages) - 1:
+                raise ValueError(f"the message is too long: {len(ids)} tokens, room for {room}")
+            end = oldest + 1
+            while self.messages[end]["role"] != "user":
+                end += 1
+            del self.messages[oldest:end]
+            self.forgotten += end - oldest
+
+    def _encode(self) -> list[int]:
+        tokenizer, kind = self.tokenizer, self.effective_format
+        if kind == "template":
+            return encode_chat(tokenizer, self.messages)
+        if kind == "plain":
+            return tokenizer.encode("".join(m["content"] for m in self.messages))
+        messages, mark = shield(self.messages, tokenizer.special_tokens)
+        text = llama3_prompt(messages, True) if kind == "llama3" else llama2_prompt(messages)
+        parts = [p.replace(mark, "") if isinstance(p, str) else p for p in tokenizer.split(text)]
+        return tokenizer.encode_parts(parts)

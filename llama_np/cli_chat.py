@@ -1,0 +1,159 @@
+"""The command `llama-np chat`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from llama_np.chat import FORMATS, Chat
+from llama_np.checkpoint import load, load_tokenizer
+from llama_np.files import write_atomically
+from llama_np.generate import Token
+from llama_np.sampling import Sampling
+from llama_np.terminal import note, write
+from llama_np.threads import limit_threads
+from llama_np.tokenizer import check_vocabulary
+
+HELP = """\
+/help            this list
+/clear           forget the conversation (the system message stays)
+/regen           answer the latest message again
+/set NAME VALUE  change temp, top_k, top_p, min_p, repeat_penalty, seed or max_tokens
+/save FILE       write the conversation as JSON
+/exit            leave; so does Ctrl-D
+A message of several lines stands between two lines of three quotes (\"\"\").
+Ctrl-C stops an answer and keeps the conversation."""
+
+SAMPLING_NAMES = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+}
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk until the input ends or /exit."""
+    chat = open_chat(args)
+    if chat.effective_format == "plain":
+        note("no chat template: the model continues your text (--format llama2 or llama3 to chat)")
+    if sys.stdin.isatty():
+        note("/help lists the commands")
+    for message in messages():
+        try:
+            if message.startswith("/"):
+                if not obey(chat, message):
+                    break
+            else:
+                show(chat, chat.answer(message))
+        except (ValueError, TypeError, OSError) as problem:  # the conversation goes on
+            note(f"llama-np: error: {problem}")
+    return 0
+
+
+def open_chat(args: argparse.Namespace) -> Chat:
+    """The model, the tokenizer and an empty conversation, as the options say."""
+    limit_threads(args.threads)
+    sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty)
+    config, weights = load(args.model, args.dtype, mmap=not args.no_mmap)
+    tokenizer = load_tokenizer(args.model)
+    check_vocabulary(tokenizer, config.vocab_size)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    chat = Chat(config, weights, tokenizer, sampling, args.max_tokens, seed, args.format)
+    if args.system is not None:
+        chat.messages.append({"role": "system", "content": args.system})
+    return chat
+
+
+def messages() -> Iterator[str]:
+    """What the user says, message by message; lines between triple quotes are one message."""
+    while (line := read_line("> ")) is not None:
+        if line.strip() != '"""':
+            if line.strip():
+                yield line
+            continue
+        lines = []
+        while (line := read_line(". ")) is not None and line.strip() != '"""':
+            lines.append(line)
+        yield "\n".join(lines)
+
+
+def read_line(prompt: str) -> str | None:
+    """One line of input, or None at its end; the prompt is shown on a terminal only."""
+    if sys.stdin.isatty():
+        write(prompt, sys.stderr)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def show(chat: Chat, answer: Iterator[Token]) -> None:
+    """Write an answer as it appears; Ctrl-C ends it."""
+    if chat.forgotten:
+        room = chat.config.max_position_embeddings
+        note(f"(the context of {room} tokens is full: {chat.forgotten} messages are forgotten)")
+    reason = None
+    try:
+        for token in answer:
+            write(token.text)
+            reason = token.finish_reason
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    write("\n")
+    if reason != "stop":
+        note(f"(the answer ended early: {reason})")
+
+
+def obey(chat: Chat, line: str) -> bool:
+    """Carry out a command; False means leave."""
+    name, _, rest = line[1:].strip().partition(" ")
+    commands: dict[str, Callable[[], Any]] = {
+        "help": lambda: note(HELP),
+        "clear": chat.clear,
+        "regen": lambda: show(chat, chat.regenerate()),
+        "set": lambda: change(chat, rest),
+        "save": lambda: save(chat, rest.strip()),
+    }
+    if name in ("exit", "quit"):
+        return False
+    if name not in commands:
+        raise ValueError(f"unknown command /{name}; /help lists them")
+    commands[name]()
+    return True
+
+
+def change(chat: Chat, words: str) -> None:
+    """`/set NAME VALUE`."""
+    name, _, value = words.partition(" ")
+    if name in SAMPLING_NAMES:
+        kind = int if name == "top_k" else float
+        changed: dict[str, Any] = {SAMPLING_NAMES[name]: kind(value)}
+        chat.sampling = replace(chat.sampling, **changed)
+    elif name in ("seed", "max_tokens"):
+        setattr(chat, name, int(value))
+    else:
+        known = ", ".join([*SAMPLING_NAMES, "seed", "max_tokens"])
+        raise ValueError(f"cannot set {name!r}; known: {known}")
+
+
+def save(chat: Chat, path: str) -> None:
+    """`/save FILE`: the messages as JSON."""
+    if not path:
+        raise ValueError("/save needs a file name")
+    content = json.dumps(chat.messages, ensure_ascii=False, indent=2) + "\n"
+    write_atomically(path, content.encode("utf-8"))
+    note(f"saved {len(chat.messages)} messages")
+
+
+def add_commands(commands: Any, model_options: Callable[[Any], None]) -> None:
+    """Declare `chat` and its options."""
+    parser = commands.add_parser("chat", help="talk with a model")
+    model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="how messages are put")
+    parser.set_defaults(run=run_chat)
