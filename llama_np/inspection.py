@@ -45,7 +45,7 @@ def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str
         part = next((label for key, label in PARTS.items() if key in name), "other")
         parts[part] = parts.get(part, 0) + tensor.size
     return {
-        "model": str(path),
+        "model": str(folder),
         "architecture": architecture(config),
         "parameters": sum(parts.values()),
         "parameters_per_part": dict(sorted(parts.items(), key=lambda item: -item[1])),
