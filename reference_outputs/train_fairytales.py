@@ -670,10 +670,10 @@ def save_weights(model: Llama, path: Path) -> None:
 CARD = """\
 # fairytales
 
-A LLaMA of {parameters:.2f} million parameters that writes in the manner of Andersen's and the brothers
-Grimm's tales, trained from nothing for this package. It is small enough to read, to ship in a wheel and to
-run on any laptop; it knows the sound of a fairy tale better than how to end one. It is not a source of
-facts, and the tales carry the views of their century.
+A LLaMA of {parameters:.2f} million parameters that writes in the manner of Andersen's and the
+brothers Grimm's tales, trained from nothing for this package. It is small enough to read, to ship
+in a wheel and to run on any laptop; it knows the sound of a fairy tale better than how to end
+one. It is not a source of facts, and the tales carry the views of their century.
 
 | | |
 |---|---|
@@ -685,22 +685,23 @@ facts, and the tales carry the views of their century.
 
 ## Data
 
-{stories} stories (for a few long tales of Andersen: chapters): his tales in nineteenth-century English
-translations, and *Household Tales* by Jacob and Wilhelm Grimm, translated by Margaret Hunt (1884).
-Whole stories were held out: {n_train} for training ({tok_train:,} tokens), {n_val} for validation
-({tok_val:,}; every decision), {n_test} for test ({tok_test:,}; only this card). Where a chapter was held
-out, its neighbours may have been trained on.
+{stories} stories (for a few long tales of Andersen: chapters): his tales in nineteenth-century
+English translations, and *Household Tales* by Jacob and Wilhelm Grimm, translated by Margaret
+Hunt (1884). Whole stories were held out: {n_train} for training ({tok_train:,} tokens), {n_val}
+for validation ({tok_val:,}; every decision), {n_test} for test ({tok_test:,}; only this card).
+Where a chapter was held out, its neighbours may have been trained on.
 
-A sequence is `<s>`, in half of the cases the title and an empty line, the story, `</s>`. `<s>` always
-starts a story. So `Once upon a time` begins one, and so does `The Golden Fish` with two newlines.
+A sequence is `<s>`, in half of the cases the title and an empty line, the story, `</s>`. `<s>`
+always starts a story. So `Once upon a time` begins one, and so does `The Golden Fish` with two
+newlines.
 
 ## Training
 
-{rows} crops of {T} tokens a step, {optimizer} (learning rate {lr:g}, weight decay {decay:g}, {warmup} steps of
-warm-up, then a cosine to zero), dropout {dropout:g}, BPE-dropout {subword:g} fading to 0, and a side
-task of weight {author:g} for the trunk: name the author at every position. {steps} steps ({epochs}
-epochs) took {minutes:.0f} minutes on {machine}; the weights are those of epoch {best}, the best on
-the validation stories.
+{rows} crops of {T} tokens a step, {optimizer} (learning rate {lr:g}, weight decay {decay:g},
+{warmup} steps of warm-up, then a cosine to zero), dropout {dropout:g}, BPE-dropout {subword:g}
+fading to 0, and a side task of weight {author:g} for the trunk: name the author at every
+position. {steps} steps ({epochs} epochs) took {minutes:.0f} minutes on {machine}; the weights are
+those of epoch {best}, the best on the validation stories.
 
 | epoch | training loss (with dropout) | validation loss |
 |---|---|---|
@@ -708,9 +709,9 @@ the validation stories.
 
 ## Language model on the test stories
 
-Each token is predicted from at least {half} tokens of its story (fewer at its beginning); titles and
-`</s>` count. The bigram model is interpolated Kneser-Ney, the unigram model add-one, both counted on
-the training stories with the same tokenizer.
+Each token is predicted from at least {half} tokens of its story (fewer at its beginning); titles
+and `</s>` count. The bigram model is interpolated Kneser-Ney, the unigram model add-one, both
+counted on the training stories with the same tokenizer.
 
 | | nats per token | bits per byte |
 |---|---|---|
@@ -722,10 +723,11 @@ the training stories with the same tokenizer.
 
 ## Who wrote this passage?
 
-A logistic regression on the frozen, rounded trunk's final hidden state of the last token, fitted on
-passages of many lengths from the training stories (accuracy there {score_train:.1%}). {per} random passages
-per length from the {n_test} test stories, half of them by either author: the majority baseline is 50 %.
-Passages of so few stories are not independent; read the numbers as +- 5 %.
+A logistic regression on the frozen, rounded trunk's final hidden state of the last token, fitted
+on passages of many lengths from the training stories (accuracy there {score_train:.1%}). {per}
+random passages per length from the {n_test} test stories, half of them by either author: the
+majority baseline is 50 %. Passages of so few stories are not independent; read the numbers as
+give or take five points.
 
 | words | {words} |
 |---|{rule}|
@@ -743,8 +745,9 @@ Unedited, {count} tokens or until `</s>`; the prompt is included.
     python reference_outputs/train_fairytales.py CORPUS_FOLDER -o FOLDER{options}
 
 with `andersen.txt` and `grimm.txt` in the corpus folder (title line, blank line, paragraphs; four
-newlines between stories). Another machine, thread count or version of torch gives slightly other weights.
-"""
+newlines between stories). Another machine, thread count or version of torch gives slightly other
+weights.
+"""  # noqa: E501
 
 SAMPLES = (
     ("Once upon a time", None),
