@@ -196,7 +196,7 @@ def encode_chat(
     add_generation_prompt: bool = True,
     template: str | None = None,
 ) -> list[int]:
-    """Token ids of a conversation; control tokens come from the template only, never from a message.
+    """Token ids of a conversation; only the template makes control tokens, never a message.
 
     Uses `template`, else the checkpoint's own, else LLaMA-3's or LLaMA-2's format, whichever the
     vocabulary fits. Errors: ChatTemplateError.

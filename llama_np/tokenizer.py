@@ -1,8 +1,9 @@
 """Text to token ids and back: SentencePiece models, and tokenizer.json.
 
-A token is a sequence of bytes. That one idea gives decoding (join the bytes, read them as UTF-8) and
-streaming (the same, with a decoder that waits until a character is complete), whatever the file format.
-Text from a user never becomes a control token unless the caller asks for it with `special=True`.
+A token is a sequence of bytes. That one idea gives decoding (join the bytes, read them as UTF-8)
+and streaming (the same, with a decoder that waits until a character is complete), whatever the
+file format. Text from a user never becomes a control token, unless the caller asks for it with
+`special=True`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 Ids = Iterable[int] | np.ndarray
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -84,7 +85,7 @@ def guess_format(data: bytes) -> str:
     return "damaged or truncated, or another format"
 
 
-# --- the few protobuf fields that sentencepiece does not check -------------------------------------
+# --- the few protobuf fields that sentencepiece does not check -----------------------------------
 
 
 def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -164,7 +165,7 @@ def _check_trainer(trainer: dict[int, int | bytes], name: str) -> None:
         raise NotImplementedError(f"{name!r}: treat_whitespace_as_suffix is not implemented")
 
 
-# --- the two backends: text chunk -> ids, id -> piece, id -> bytes ---------------------------------
+# --- the two backends: text chunk -> ids, id -> piece, id -> bytes -------------------------------
 
 
 class _SentencePiece:
@@ -341,7 +342,7 @@ def _decoder_kind(decoder: dict[str, Any] | None, name: str) -> tuple[str, bool]
     return ("byte-fallback" if "ByteFallback" in steps else "pieces"), strips
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------
+# --- the tokenizer -------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -563,7 +564,7 @@ def _inside_pattern(
     return re.compile("|".join(places)) if places else None
 
 
-# --- the files of a checkpoint folder --------------------------------------------------------------
+# --- the files of a checkpoint folder ------------------------------------------------------------
 
 
 class _Files:
