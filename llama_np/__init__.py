@@ -14,6 +14,8 @@ from llama_np.hf import (
     LlamaModel,
 )
 from llama_np.hf_config import LlamaConfig
+from llama_np.hf_generation_config import GenerationConfig
+from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
 
@@ -23,12 +25,15 @@ __all__ = [
     "Config",
     "FlaxLlamaForCausalLM",
     "FlaxLlamaModel",
+    "GenerationConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LlamaForSequenceClassification",
     "LlamaModel",
     "Sampling",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "classify",
     "generate",
     "hidden_states",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -31,6 +31,9 @@ from llama_np.checkpoint import group_by_layer, locate
 from llama_np.config import HARMLESS, Config
 from llama_np.errors import CheckpointError
 from llama_np.hf_config import LlamaConfig, dtype_name
+from llama_np.hf_generate import generate, transition_scores
+from llama_np.hf_generation_config import FILE as GENERATION_FILE
+from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -176,6 +179,11 @@ class LlamaPreTrainedModel:
         """What the model computes in: a NumPy dtype, or "bfloat16"."""
         name = self._precision.name
         return name if name == "bfloat16" else np.dtype(name)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the embedding."""
+        return self._core.vocab_size
 
     @property
     def device(self) -> str:
@@ -375,12 +383,12 @@ class LlamaPreTrainedModel:
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A preallocated cache, to be handed in as `past_key_values`."""
-        return KVCache(self._core, batch_size, max_length, self._precision.compute)
+        return self.new_cache(batch_size, max_length)
 
-    def _with_params(self, params: Mapping[str, Any] | None) -> ModelWeights:
+    def with_params(self, params: Mapping[str, Any] | None) -> ModelWeights:
         return self.weights if params is None else self._groups(hf_weights.flatten(params))
 
-    def _decode(
+    def run(
         self,
         weights: ModelWeights,
         input_ids: Any = None,
@@ -399,11 +407,13 @@ class LlamaPreTrainedModel:
         states = bool(_either(output_hidden_states, config.output_hidden_states))
         trace: dict[str, Array] = {}
         tap = self._tap(trace, attentions, states)
-        embedded = self._embed(input_ids, inputs_embeds, weights)  # (B, T, D)
+        embedded = self.embed(input_ids, inputs_embeds, weights)  # (B, T, D)
         if inputs_embeds is not None:
-            embedded = self._rounding("model.embed_tokens", embedded)  # (B, T, D)
+            embedded = self.rounding("model.embed_tokens", embedded)  # (B, T, D)
         B, T, _ = embedded.shape
-        cache = self._memory(past_key_values, use_cache, B, T)
+        cache = self.memory(past_key_values, B)
+        if cache is None and use_cache:
+            cache = self.new_cache(B, T)
         P = 0 if cache is None else cache.length
         visible = visibility(_trimmed(attention_mask, cache, P + T), B, T, P)  # (1|B, 1, T, P+T)
         positions = _position_ids(position_ids, P, T)  # (1|B, T)
@@ -416,7 +426,7 @@ class LlamaPreTrainedModel:
         )
 
     @property
-    def _rounding(self) -> Tap:
+    def rounding(self) -> Tap:
         return NO_TAP if self._precision.round is None else each(self._precision.round)
 
     def _tap(self, trace: dict[str, Array], attentions: bool, states: bool) -> Tap:
@@ -424,7 +434,7 @@ class LlamaPreTrainedModel:
         layers = range(self._core.num_hidden_layers)
         names = [f"model.layers.{i}.self_attn.weights" for i in layers] if attentions else []
         names += [f"model.layers.{i}" for i in layers] if states else []
-        taps = [] if self._precision.round is None else [self._rounding]
+        taps = [] if self._precision.round is None else [self.rounding]
         taps += [record(trace, names)] if names else []
         return chain(*taps) if taps else NO_TAP
 
@@ -439,7 +449,7 @@ class LlamaPreTrainedModel:
         layers = range(self._core.num_hidden_layers - 1)
         return (embedded, *(trace[f"model.layers.{i}"] for i in layers), hidden)
 
-    def _embed(self, input_ids: Any, inputs_embeds: Any, weights: ModelWeights) -> Array:
+    def embed(self, input_ids: Any, inputs_embeds: Any, weights: ModelWeights) -> Array:
         """The vectors to start from: (B, T, D). Errors: ValueError unless exactly one is given."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("You cannot specify both input_ids and inputs_embeds at the same time")
@@ -453,17 +463,21 @@ class LlamaPreTrainedModel:
             raise ValueError(f"inputs_embeds have shape {given.shape}, expected (B, T, {D})")
         return given
 
-    def _memory(self, past: Any, use_cache: bool, B: int, T: int) -> KVCache | None:
-        """The cache to run with: the given one, a copy of the given pairs, a new one, or none."""
+    def memory(self, past: Any, B: int) -> KVCache | None:
+        """The given cache, or a copy of the given (key, value) pairs. Errors: ValueError."""
         dtype = self._precision.compute
         if isinstance(past, KVCache):
             if past.keys[0].dtype != dtype:
                 raise ValueError(f"the cache holds {past.keys[0].dtype}, the model wants {dtype}")
             return past
-        if past is not None and len(past):
-            pairs = [(np.asarray(k, dtype), np.asarray(v, dtype)) for k, v in past]
-            return KVCache.from_pairs(self._core, pairs)
-        return KVCache(self._core, B, T, dtype) if use_cache else None
+        if past is None or not len(past):
+            return None
+        pairs = [(np.asarray(k, dtype), np.asarray(v, dtype)) for k, v in past]
+        return KVCache.from_pairs(self._core, pairs)
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty cache, which grows unless its capacity is given."""
+        return KVCache(self._core, batch, capacity, self._precision.compute)
 
 
 def _either(given: Any, default: Any) -> Any:
@@ -569,8 +583,8 @@ class LlamaModel(LlamaPreTrainedModel):
         params: other weights for this call. return_dict=False gives a tuple.
         Errors: ValueError for shapes that do not fit; IndexError for an unknown id; TypeError.
         """
-        out = self._decode(
-            self._with_params(params),
+        out = self.run(
+            self.with_params(params),
             input_ids,
             attention_mask,
             position_ids,
@@ -605,6 +619,7 @@ class LlamaForCausalLM(_WithHead):
     """The language model: token ids in, a score for every possible next token out."""
 
     _head = "lm_head.weight"
+    _generation_config: GenerationConfig | None = None
 
     def forward(
         self,
@@ -627,8 +642,8 @@ class LlamaForCausalLM(_WithHead):
         padding counts unless it is labelled -100. logits_to_keep = n: the logits of the last n
         tokens only (0: all). Everything else as in `LlamaModel.forward`.
         """
-        weights = self._with_params(params)
-        base = self._decode(
+        weights = self.with_params(params)
+        base = self.run(
             weights,
             input_ids,
             attention_mask,
@@ -642,7 +657,7 @@ class LlamaForCausalLM(_WithHead):
         kept = base.last_hidden_state
         if labels is None and logits_to_keep:
             kept = kept[:, -logits_to_keep:]
-        scores = logits(kept, weights, self._rounding)  # (B, T, V)
+        scores = logits(kept, weights, self.rounding)  # (B, T, V)
         loss = None if labels is None else losses.next_token_loss(scores, np.asarray(labels))
         out = CausalLMOutputWithPast(
             loss=loss, logits=scores[:, -logits_to_keep:], **_without_hidden(base)
@@ -650,6 +665,115 @@ class LlamaForCausalLM(_WithHead):
         return _answer(out, return_dict, self.config)
 
     __call__ = forward
+
+    # ------------------------------------------------------------------ generating text
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The defaults of generate(); change its attributes, or replace it."""
+        if self._generation_config is None:
+            self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self._generation_config = value
+
+    def default_generation_config(self) -> GenerationConfig:
+        """`generation_config`, or what `config` says now where the former came from the latter."""
+        mine = self._generation_config
+        return GenerationConfig.from_model_config(self.config) if mine is None else mine
+
+    def _read_generation_config(self, folder: Path) -> None:
+        if (folder / GENERATION_FILE).exists():
+            self._generation_config = GenerationConfig.from_pretrained(folder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As the other models, and generation_config.json."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.default_generation_config().save_pretrained(save_directory)
+
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Callable[[int, Array], list[int]] | None = None,
+        assistant_model: LlamaForCausalLM | None = None,
+        streamer: Any = None,
+        *,
+        rng: np.random.Generator | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts: ids (B, P) give ids (B, S), prompts included and rows padded right.
+
+        Every attribute of GenerationConfig is a keyword: max_new_tokens, max_length (20 tokens
+        with the prompt, if nothing is said), do_sample with temperature, top_k, top_p, ...,
+        num_beams, num_return_sequences, repetition_penalty, bad_words_ids, eos_token_id (an id,
+        several, or None for none), output_scores and return_dict_in_generate, and the rest.
+        attention_mask: by default padding is not seen, if pad_token_id is set and no eos id;
+        batches are padded on the left. inputs_embeds, past_key_values, params as in `forward`.
+        rng: a generator or a seed for do_sample. Custom logits processors are functions
+        (ids, scores) -> scores; stopping criteria functions (ids, scores) -> bool, or one per row.
+        assistant_model (a smaller LlamaForCausalLM) or prompt_lookup_num_tokens: faster, with
+        the output of greedy decoding. Beyond the trained context there is one UserWarning.
+        Errors: ValueError, NotImplementedError (an option that is not there), IndexError,
+        FloatingPointError (NaN logits).
+        """
+        return generate(
+            self,
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            assistant_model,
+            streamer,
+            rng,
+            **kwargs,
+        )
+
+    def compute_transition_scores(
+        self,
+        sequences: Array,
+        scores: Sequence[Array],
+        beam_indices: Array | None = None,
+        normalize_logits: bool = False,
+    ) -> Array:
+        """The score of each generated token, from what generate() returned: (R, new tokens).
+
+        normalize_logits: as log-probabilities. beam_indices: after beam search, whose scores
+        are log-probabilities already.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Array,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of `forward` for the next step: tokens not cached yet, positions by mask."""
+        known = 0
+        if past_key_values is not None and len(past_key_values):
+            known = past_key_values[0][0].shape[2]
+            input_ids = input_ids[:, known:] if known < input_ids.shape[1] else input_ids[:, -1:]
+        positions = kwargs.get("position_ids")
+        if attention_mask is not None and positions is None:
+            seen = np.asarray(attention_mask) == 1
+            positions = np.where(seen, seen.cumsum(axis=1) - 1, 1)
+            positions = positions[:, -input_ids.shape[1] :] if known else positions
+        first = inputs_embeds is not None and not known
+        return {
+            **({"inputs_embeds": inputs_embeds} if first else {"input_ids": input_ids}),
+            "position_ids": positions,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
+            "attention_mask": attention_mask,
+        }
 
 
 FlaxLlamaForCausalLM = LlamaForCausalLM
@@ -687,8 +811,8 @@ class LlamaForSequenceClassification(_WithHead):
         numbers (B), or 0/1 for each class (B, C); see `config.problem_type`.
         Errors: ValueError for several rows without a pad token id, and as in LlamaModel.
         """
-        weights = self._with_params(params)
-        base = self._decode(
+        weights = self.with_params(params)
+        base = self.run(
             weights,
             input_ids,
             attention_mask,
@@ -702,7 +826,7 @@ class LlamaForSequenceClassification(_WithHead):
         hidden = base.last_hidden_state  # (B, T, D)
         last = _last_tokens(input_ids, self.config.pad_token_id, *hidden.shape[:2])  # (B,)
         chosen = hidden[np.arange(len(hidden)), last]  # (B, D)
-        scores = project("score", chosen, weights, self._rounding)  # (B, C)
+        scores = project("score", chosen, weights, self.rounding)  # (B, C)
         loss = None if labels is None else self._loss(scores, np.asarray(labels))
         out = SequenceClassifierOutputWithPast(loss=loss, logits=scores, **_without_hidden(base))
         return _answer(out, return_dict, self.config)

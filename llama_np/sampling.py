@@ -7,7 +7,7 @@ Ties and boundaries follow transformers 4.37.2, so that the Hugging Face classes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,30 @@ def typical_p(logits: np.ndarray, p: float, min_keep: int = 1) -> np.ndarray:
     return _drop_sorted(logits, order, dropped)
 
 
+def epsilon_cutoff(logits: np.ndarray, epsilon: float, min_keep: int = 1) -> np.ndarray:
+    """Drop tokens less likely than epsilon (arXiv:2210.15191)."""
+    return _drop_unlikely(logits, softmax(logits), epsilon, min_keep)
+
+
+def eta_cutoff(logits: np.ndarray, epsilon: float, min_keep: int = 1) -> np.ndarray:
+    """Drop tokens less likely than min(epsilon, sqrt(epsilon) e^-entropy) (arXiv:2210.15191)."""
+    probabilities = softmax(logits)
+    surprise = -np.where(np.isneginf(logits), 0, log_softmax(logits))
+    entropy = (probabilities * surprise).sum(axis=-1, keepdims=True)
+    limit = np.minimum(epsilon, epsilon**0.5 * np.exp(-entropy))
+    return _drop_unlikely(logits, probabilities, limit, min_keep)
+
+
+def _drop_unlikely(
+    logits: np.ndarray, probabilities: np.ndarray, limit: float | np.ndarray, min_keep: int
+) -> np.ndarray:
+    """Drop what is less likely than `limit`, but never the `min_keep` likeliest."""
+    k = min(min_keep, logits.shape[-1])
+    threshold = np.partition(logits, -k, axis=-1)[..., -k, None]
+    dropped = (probabilities < limit) & (logits < threshold)
+    return np.where(dropped, -np.inf, logits).astype(logits.dtype, copy=False)
+
+
 def _drop_sorted(logits: np.ndarray, order: np.ndarray, dropped: np.ndarray) -> np.ndarray:
     """Set to -inf what `dropped` marks in the order that `order` describes."""
     mask = np.empty_like(dropped)
@@ -128,6 +152,52 @@ def seen_tokens(rows: Iterable[Iterable[int]], vocab_size: int) -> np.ndarray:
     for mask, ids in zip(seen, lists, strict=True):
         mask[ids] = True
     return seen
+
+
+def no_repeat_ngram(
+    logits: np.ndarray, rows: np.ndarray, size: int, history: np.ndarray | None = None
+) -> np.ndarray:
+    """Forbid every token that would complete an n-gram which the row already holds.
+
+    logits (B, V), rows (B, S). history (B, S'): where n-grams are looked up, by default `rows`.
+    """
+    result = logits.copy()
+    if rows.shape[1] + 1 < size:
+        return result
+    known = rows if history is None else history
+    for scores, row, text in zip(result, rows, known, strict=True):
+        if len(text) >= size:
+            grams = np.lib.stride_tricks.sliding_window_view(text, size)
+            begun = (grams[:, :-1] == row[len(row) - size + 1 :]).all(axis=1)
+            scores[grams[begun, -1]] = -np.inf
+    return result
+
+
+def sequence_bias(
+    logits: np.ndarray, rows: np.ndarray, biases: Mapping[tuple[int, ...], float]
+) -> np.ndarray:
+    """Add each bias to the last token of its sequence, in rows (B, S) that end in the others."""
+    result = logits.copy()
+    for sequence, bias in biases.items():
+        *prefix, last = sequence
+        if len(prefix) <= rows.shape[1]:
+            ends = rows[:, rows.shape[1] - len(prefix) :]
+            result[(ends == prefix).all(axis=1), last] += bias
+    return result
+
+
+def forbid(logits: np.ndarray, tokens: Iterable[int]) -> np.ndarray:
+    """The same logits with -inf for the given tokens."""
+    result = logits.copy()
+    result[..., list(tokens)] = -np.inf
+    return result
+
+
+def force(logits: np.ndarray, tokens: Iterable[int]) -> np.ndarray:
+    """0 for the given tokens and -inf for all others."""
+    result = np.full_like(logits, -np.inf)
+    result[..., list(tokens)] = 0
+    return result
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels: 0 knows nothing of the model, 6 is what people touch.
 LEVELS = {
-    0: "activations config errors files precision tap terminal",
+    0: "activations config errors files precision tap terminal hf_encoding hf_streamers",
     1: "cache hub linear rope sentencepiece_model threads tokenizer weights",
     2: "chat_template gguf_file gguf_model layers llama2c torch_pickle",
     3: "checkpoint losses model sampling",
-    4: "generate hf_config hf_outputs hf_tokenizer hf_weights inspection trace",
-    5: "convert gguf hf mistakes verify",
+    4: "generate hf_config hf_beams hf_generation_config hf_outputs hf_processors "
+    "hf_session hf_tokenizer_base hf_weights inspection trace",
+    5: "convert gguf hf hf_generate hf_speculate hf_tokenizer mistakes verify",
     6: "check cli show",
     7: "__init__ __main__",
 }
@@ -36,6 +37,8 @@ ALLOWED = {
     ("files", "errors"): "every module may raise",
     ("sentencepiece_model", "tokenizer"): "the protobuf reader, which both need",
     ("config", "activations"): "hidden_act is checked against the names that exist",
+    ("hf", "hf_generate"): "its generate()",
+    ("hf_generate", "hf_speculate"): "one of its loops",
     ("losses", "sampling"): "log_softmax, the only function that both need",
     ("cli", "__init__"): "the version number",
 }

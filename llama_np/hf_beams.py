@@ -1,0 +1,179 @@
+"""Beam search: keep the most likely texts instead of the most likely next tokens.
+
+The n beams of a prompt are neighbouring rows. Per step all beams and all words compete at once;
+only closing a hypothesis, which is rare, looks at single candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama_np import sampling
+
+UNBORN = -1e9  # score of the beams that a prompt does not have yet: the first step fills them
+
+
+@dataclass
+class Hypothesis:
+    """A text that will not grow: tokens without the eos that closed it, if one did."""
+
+    score: float
+    tokens: np.ndarray
+    origins: np.ndarray  # for each generated token, the row whose scores it was chosen from
+    closed: bool
+
+
+@dataclass
+class Best:
+    """The best n texts of one prompt so far."""
+
+    size: int
+    length_penalty: float
+    early_stopping: bool | str
+    longest: int  # generated tokens that fit
+    texts: list[Hypothesis] = field(default_factory=list)
+
+    def add(self, total: float, length: int, text: Hypothesis) -> None:
+        """Take the text in if it is among the best; `length` generated tokens, eos included."""
+        text.score = total / length**self.length_penalty
+        if len(self.texts) < self.size or text.score > self.worst:
+            self.texts.append(text)
+            if len(self.texts) > self.size:
+                self.texts.remove(min(self.texts, key=lambda text: text.score))
+
+    @property
+    def worst(self) -> float:
+        """The lowest score among the best."""
+        return min(text.score for text in self.texts)
+
+    def complete(self, best_total: float, length: int) -> bool:
+        """Whether no beam can become better than the worst of the texts."""
+        if len(self.texts) < self.size:
+            return False
+        if self.early_stopping is True:
+            return True
+        optimistic = self.early_stopping == "never" and self.length_penalty > 0
+        reach = self.longest if optimistic else length
+        return self.worst >= best_total / reach**self.length_penalty
+
+
+@dataclass
+class Found:
+    """The result of a search: (B * kept, S) ids, their scores, and where each token came from."""
+
+    sequences: np.ndarray
+    scores: np.ndarray
+    beam_indices: np.ndarray
+
+
+class Beams:
+    """The state of a beam search over B prompts with n beams each: R = B * n rows."""
+
+    def __init__(self, options: Any, ids: np.ndarray) -> None:
+        self.options = options
+        self.count = options.num_beams
+        self.prompt_length = ids.shape[1]
+        B = len(ids) // self.count
+        self.totals = np.zeros((B, self.count), np.float32)
+        if not options.do_sample:
+            self.totals[:, 1:] = UNBORN
+        self.origins = np.zeros((len(ids), 0), np.int64)
+        longest = options.max_length - self.prompt_length
+        self.best = [
+            Best(self.count, options.length_penalty, options.early_stopping, max(longest, 1))
+            for _ in range(B)
+        ]
+        self.complete = np.zeros(B, bool)
+
+    @property
+    def done(self) -> bool:
+        """Whether every prompt has its texts."""
+        return bool(self.complete.all())
+
+    def step(
+        self, ids: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next beams from log-probabilities (R, V): (rows to go on from, their tokens).
+
+        An eos closes a hypothesis if it is among the n best candidates, and is dropped if not.
+        """
+        B, V = len(self.best), logprobs.shape[1]
+        totals = logprobs.reshape(B, self.count, V) + self.totals[:, :, None]  # (B, n, V)
+        flat = totals.reshape(B, -1)  # (B, n * V)
+        sampling.check_drawable(flat[~self.complete])
+        chosen = self._candidates(flat, rng)  # (B, candidates)
+        scores = np.take_along_axis(flat, chosen, axis=1)
+        rows = chosen // V + np.arange(B)[:, None] * self.count
+        tokens = chosen % V
+        idle = self.complete.copy()
+        going_on = self._going_on(ids, rows, tokens, scores)  # (B, n) into the candidates
+        rows, tokens = (np.take_along_axis(a, going_on, axis=1) for a in (rows, tokens))
+        self.totals = np.take_along_axis(scores, going_on, axis=1)
+        tokens[idle], rows[idle] = self.options.pad_token_id or 0, 0
+        rows, tokens = rows.reshape(-1), tokens.reshape(-1)
+        self.origins = np.concatenate([self.origins[rows], rows[:, None]], axis=1)
+        return rows, tokens
+
+    def _candidates(self, flat: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The best (or drawn) continuations of each prompt, best first: enough to lose some to eos.
+
+        Drawing without replacement: the largest of log-probability plus Gumbel noise.
+        """
+        eos = self.options.eos_token_id or []
+        wanted = min(max(2, 1 + len(eos)) * self.count, flat.shape[1])
+        keys = flat
+        if self.options.do_sample:
+            keys = sampling.log_softmax(flat.astype(np.float64)) + rng.gumbel(size=flat.shape)
+        best = np.sort(np.argpartition(-keys, wanted - 1, axis=1)[:, :wanted], axis=1)
+        order = np.argsort(-np.take_along_axis(flat, best, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(best, order, axis=1)
+
+    def _going_on(
+        self, ids: np.ndarray, rows: np.ndarray, tokens: np.ndarray, scores: np.ndarray
+    ) -> np.ndarray:
+        """The first n candidates of each prompt that are no eos; each eos closes a hypothesis."""
+        ends = np.isin(tokens, self.options.eos_token_id or [])  # (B, candidates)
+        going_on = np.argsort(ends, axis=1, kind="stable")[:, : self.count]
+        length = ids.shape[1] + 1 - self.prompt_length
+        for b in np.flatnonzero(~self.complete):
+            for rank in np.flatnonzero(ends[b, : self.count]):
+                row = rows[b, rank]
+                origins = np.append(self.origins[row], row)
+                text = Hypothesis(0.0, ids[row], origins, closed=True)
+                self.best[b].add(float(scores[b, rank]), length, text)
+            self.complete[b] = self.best[b].complete(float(scores[b].max()), length)
+        return going_on
+
+    def finish(self, ids: np.ndarray) -> Found:
+        """Add the unfinished beams (R, S) and give back the best texts of each prompt."""
+        kept: list[Hypothesis] = []
+        for b, best in enumerate(self.best):
+            if not self.complete[b]:
+                self._add_unfinished(b, ids)
+            ranked = sorted(best.texts, key=lambda text: text.score)[::-1]
+            kept += ranked[: self.options.num_return_sequences]
+        return self._padded(kept)
+
+    def _add_unfinished(self, b: int, ids: np.ndarray) -> None:
+        length = ids.shape[1] - self.prompt_length
+        for n, total in enumerate(self.totals[b]):
+            row = b * self.count + n
+            text = Hypothesis(0.0, ids[row], self.origins[row], closed=False)
+            self.best[b].add(float(total), length, text)
+
+    def _padded(self, texts: list[Hypothesis]) -> Found:
+        """Texts of different lengths as one array; a closed one is followed by the first eos."""
+        width = max(len(text.tokens) + text.closed for text in texts)
+        pad = self.options.pad_token_id
+        sequences = np.full((len(texts), width), 0 if pad is None else pad)
+        beam_indices = np.full((len(texts), width), -1)
+        for i, text in enumerate(texts):
+            n = len(text.tokens)
+            sequences[i, :n] = text.tokens
+            if text.closed:
+                sequences[i, n] = self.options.eos_token_id[0]
+            beam_indices[i, : len(text.origins)] = text.origins
+        return Found(sequences, np.array([t.score for t in texts], np.float32), beam_indices)

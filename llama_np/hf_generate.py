@@ -1,0 +1,390 @@
+"""generate() of the documented classes: greedy, sampled, beamed and speculative decoding.
+
+The same options in the same order of effects as transformers 4.37.2, which means the same ids.
+Where 4.37.2 is plainly wrong, this is not:
+* `eos_token_id=None` really switches the end-of-text token off (4.37.2: the model's is used);
+* `position_ids` go on counting after the prompt (4.37.2: reused at every step);
+* a bad word is found also when it is one token longer than the text so far;
+* beam search writes an end-of-text token only where one was generated;
+* whole-number temperatures and penalties are accepted; NaN logits are a FloatingPointError, and a
+  step at which every token is forbidden is a ValueError instead of token 0;
+* stopping criteria may answer for each row.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama_np import hf_processors, sampling
+from llama_np.hf_beams import Beams
+from llama_np.hf_generation_config import GenerationConfig
+from llama_np.hf_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from llama_np.hf_session import Session
+from llama_np.hf_speculate import Draft, DraftModel, PromptLookup
+from llama_np.model import check_tokens
+
+_MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "params")
+
+
+@dataclass
+class Run:
+    """One call of generate(): what has been written, and everything that decides what follows."""
+
+    options: GenerationConfig
+    ids: np.ndarray  # (R, S), prompt included
+    session: Session
+    processors: list[hf_processors.Processor]
+    warpers: list[hf_processors.Processor]
+    criteria: list[Callable[[np.ndarray, Any], Any]]
+    streamer: Any
+    rng: np.random.Generator
+    unfinished: np.ndarray  # (R,)
+    deadline: float
+    scores: list[np.ndarray] = field(default_factory=list)
+
+    def processed(self, scores: np.ndarray) -> np.ndarray:
+        """The scores (R, V) after everything that the options ask for."""
+        scores = hf_processors.apply(self.processors, self.ids, scores)
+        scores = hf_processors.apply(self.warpers, self.ids, scores)
+        sampling.check_drawable(scores[self.unfinished])
+        return scores
+
+    def keep(self, scores: np.ndarray) -> None:
+        """Remember a step's scores, if they were asked for."""
+        if self.options.return_dict_in_generate and self.options.output_scores:
+            self.scores.append(scores)
+
+    def write(self, scores: np.ndarray) -> np.ndarray:
+        """Choose and append one token per row from scores (R, V); finished rows get padding."""
+        scores = self.processed(scores)
+        self.keep(scores)
+        if self.options.do_sample:
+            tokens = sampling.draw(scores, self.rng.random(len(scores)))
+        else:
+            tokens = scores.argmax(axis=-1)
+        pad = self.options.pad_token_id
+        tokens = np.where(self.unfinished, tokens, 0 if pad is None else pad)
+        self.ids = np.concatenate([self.ids, tokens[:, None]], axis=1)
+        if self.streamer is not None:
+            self.streamer.put(tokens)
+        self.unfinished &= ~np.isin(tokens, self.options.eos_token_id or [])
+        self.unfinished &= ~self.stopped()
+        return tokens
+
+    def stopped(self) -> np.ndarray:
+        """Which rows must stop: for length, for time, or because a criterion says so: (R,)."""
+        rows = np.zeros(len(self.ids), bool)
+        if self.ids.shape[1] >= self.options.max_length or time.monotonic() > self.deadline:
+            rows[:] = True
+        kept = tuple(self.scores) if self.scores else None
+        for criterion in self.criteria:
+            rows |= np.asarray(criterion(self.ids, kept), bool)
+        return rows
+
+    def finished(self) -> bool:
+        """Whether no row goes on."""
+        return not self.unfinished.any()
+
+
+def generate(
+    model: Any,
+    inputs: Any = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: Iterable[hf_processors.Processor] | None = None,
+    stopping_criteria: Iterable[Callable[[np.ndarray, Any], Any]] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], list[int]] | None = None,
+    assistant_model: Any = None,
+    streamer: Any = None,
+    rng: np.random.Generator | int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """See `LlamaForCausalLM.generate`."""
+    options, given = resolve_options(model, generation_config, kwargs)
+    ids, embedded = _prompt(model, inputs, given, options)
+    _set_length(options, ids.shape[1])
+    options.validate()
+    session = _session(model, given, ids, embedded, options)
+    prompt = np.repeat(ids, _rows_per_prompt(options), axis=0)
+    run = Run(
+        options=options,
+        ids=prompt,
+        session=session,
+        processors=hf_processors.processors(
+            options, ids, prefix_allowed_tokens_fn, logits_processor or []
+        ),
+        warpers=hf_processors.warpers(options) if options.do_sample else [],
+        criteria=_criteria(stopping_criteria),
+        streamer=streamer,
+        rng=np.random.default_rng(rng),
+        unfinished=np.ones(len(prompt), bool),
+        deadline=time.monotonic() + (options.max_time or float("inf")),
+    )
+    _warn_beyond_context(model, options)
+    if streamer is not None and options.num_beams > 1:
+        raise ValueError("`streamer` cannot be used with beam search (yet!). Set `num_beams` to 1.")
+    if streamer is not None:
+        streamer.put(ids)
+    draft = _draft(model, assistant_model, run, given)
+    return _answer(run, _decode(run, ids, embedded, draft))
+
+
+def _criteria(given: Any) -> list[Callable[[np.ndarray, Any], Any]]:
+    if given is None:
+        return []
+    return [given] if callable(given) else list(given)
+
+
+def _decode(
+    run: Run, ids: np.ndarray, embedded: np.ndarray | None, draft: Draft | None
+) -> Beams | None:
+    """Prefill once per prompt, copy the rows if several are wanted, then write."""
+    known = run.session.length
+    new = ids[:, known:] if known < ids.shape[1] else ids[:, -1:]
+    scores = run.session.feed(None if embedded is not None else new, embedded)[:, -1]
+    count = _rows_per_prompt(run.options)
+    run.session.repeat(count)
+    scores = np.repeat(scores, count, axis=0)
+    if run.options.num_beams > 1:
+        return _search(run, scores)
+    if draft is not None:
+        _speculate(run, scores, draft)
+        return None
+    tokens = run.write(scores)
+    while not run.finished():
+        tokens = run.write(run.session.feed(tokens[:, None])[:, -1])
+    return None
+
+
+def _rows_per_prompt(options: GenerationConfig) -> int:
+    return options.num_beams if options.num_beams > 1 else options.num_return_sequences
+
+
+def _search(run: Run, scores: np.ndarray) -> Beams:
+    """Beam search, or with `do_sample` beam sampling, over all beams of all prompts at once."""
+    beams = Beams(run.options, run.ids)
+    while True:
+        logprobs = hf_processors.apply(run.processors, run.ids, sampling.log_softmax(scores))
+        logprobs = hf_processors.apply(run.warpers, run.ids, logprobs)
+        run.keep(logprobs)
+        rows, tokens = beams.step(run.ids, logprobs, run.rng)
+        run.ids = np.concatenate([run.ids[rows], tokens[:, None]], axis=1)
+        run.session.reorder(rows)
+        if beams.done or run.stopped().all():
+            return beams
+        scores = run.session.feed(tokens[:, None])[:, -1]
+
+
+def _speculate(run: Run, scores: np.ndarray, draft: Draft) -> None:
+    """Check several guessed tokens in one pass; what is written is what greedy decoding writes."""
+    run.write(scores)
+    while not run.finished():
+        room = max(run.options.max_length - run.ids.shape[1] - 1, 0)
+        guess = draft.guess(run.ids[0])[:room]  # (n,)
+        fed = np.concatenate([run.ids[0, -1:], guess])[None]  # (1, n + 1)
+        checked = run.session.feed(fed, keep=len(guess) + 1)  # (1, n + 1, V)
+        token, accepted = run.write(checked[:, 0]), 0
+        while not run.finished() and accepted < len(guess) and token[0] == guess[accepted]:
+            accepted += 1
+            token = run.write(checked[:, accepted])
+        draft.learn(accepted, len(guess))
+        run.session.rewind(run.ids.shape[1] - 1)
+
+
+def _answer(run: Run, beams: Beams | None) -> Any:
+    """The ids, or with `return_dict_in_generate` everything that was asked for."""
+    if run.streamer is not None:
+        run.streamer.end()
+    result = None if beams is None else beams.finish(run.ids)
+    if not run.options.return_dict_in_generate:
+        return run.ids if result is None else result.sequences
+    traced = run.session
+    common = {
+        "scores": tuple(run.scores) if run.options.output_scores else None,
+        "attentions": None if traced.attentions is None else tuple(traced.attentions),
+        "hidden_states": None if traced.hidden_states is None else tuple(traced.hidden_states),
+        "past_key_values": None if traced.cache is None else tuple(traced.cache),
+    }
+    if result is None:
+        return GenerateDecoderOnlyOutput(sequences=run.ids, **common)
+    asked = run.options.output_scores
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=result.sequences,
+        sequences_scores=result.scores if asked else None,
+        scores=common.pop("scores"),
+        beam_indices=result.beam_indices if asked else None,
+        **common,
+    )
+
+
+# ------------------------------------------------------------------------------ preparation
+
+
+def resolve_options(
+    model: Any, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Merge the model's options with those given: (options, inputs of the model).
+
+    Errors: ValueError for a keyword that is neither.
+    """
+    chosen = model.default_generation_config() if generation_config is None else generation_config
+    options = copy.deepcopy(chosen)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(model.generation_config, name))
+    rest = options.update(**kwargs)
+    given = {name: rest.pop(name) for name in (*_MODEL_INPUTS, "input_ids") if name in rest}
+    if rest:
+        raise ValueError(
+            f"The following `model_kwargs` are not used by the model: {sorted(rest)} (note: typos "
+            "in the generate arguments will also show up in this list)"
+        )
+    if kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is None:
+        options.max_new_tokens = None
+    eos = hf_processors.as_ids(options.eos_token_id)
+    options.eos_token_id = eos or None
+    if options.pad_token_id is None and eos:
+        options.pad_token_id = eos[0]
+    return options, given
+
+
+def _prompt(
+    model: Any, inputs: Any, given: dict[str, Any], options: GenerationConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The ids to go on from (B, P), and vectors to start with instead, if they were given.
+
+    Without ids there is one BOS token per row, as in 4.37.2.
+    """
+    ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+    if inputs is not None and ids is not None:
+        raise ValueError("the prompt was given twice: as `inputs` and as `input_ids`")
+    ids = inputs if ids is None else ids
+    vectors = None
+    if embedded is not None:
+        vectors = model.embed(None, embedded, model.weights)
+    if ids is None or np.size(ids) == 0:
+        if options.bos_token_id is None:
+            raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
+        rows = len(np.asarray(ids)) if ids is not None else 1 if vectors is None else len(vectors)
+        ids = np.full((rows, 1), options.bos_token_id)
+    return check_tokens(ids, model.vocab_size), vectors
+
+
+def _set_length(options: GenerationConfig, prompt_length: int) -> None:
+    """`max_new_tokens` wins over `max_length`, which counts the prompt.
+
+    At least one token is always written, as in 4.37.2, with a UserWarning where none fits.
+    """
+    new = options.max_new_tokens
+    if new is not None:
+        if isinstance(new, bool) or not isinstance(new, int | np.integer) or new < 0:
+            raise ValueError(f"`max_new_tokens` must be an integer of at least 0, but is {new!r}")
+        options.max_length = prompt_length + int(new)
+    if options.max_length is None:
+        raise ValueError("`max_length` is None: how long may the text become?")
+    if options.max_length <= prompt_length:
+        warnings.warn(
+            f"Input length of input_ids is {prompt_length}, but `max_length` is set to "
+            f"{options.max_length}: one token is generated. Consider `max_new_tokens`.",
+            stacklevel=4,
+        )
+
+
+def _warn_beyond_context(model: Any, options: GenerationConfig) -> None:
+    trained = model.config.max_position_embeddings
+    if options.max_length > trained:
+        warnings.warn(
+            f"The text may become {options.max_length} tokens long, the model was trained on "
+            f"{trained}: expect nonsense beyond.",
+            stacklevel=4,
+        )
+
+
+def _session(
+    model: Any,
+    given: dict[str, Any],
+    ids: np.ndarray,
+    embedded: np.ndarray | None,
+    options: GenerationConfig,
+) -> Session:
+    """The rows of the prompts, before anything is fed."""
+    B, P = ids.shape if embedded is None else embedded.shape[:2]
+    mask = given.get("attention_mask")
+    mask = _inferred_mask(ids, options) if mask is None and embedded is None else mask
+    mask = np.ones((B, P), np.int64) if mask is None else np.asarray(mask)
+    past = given.get("past_key_values")
+    if mask.ndim != 2 or len(mask) != B or mask.shape[1] < P:
+        raise ValueError(f"Attention mask should be of size {(B, P)}, but is {mask.shape}")
+    cache = model.memory(past, B)
+    if cache is None and (options.use_cache or embedded is not None):
+        cache = model.new_cache(B)
+    if cache is not None and mask.shape[1] > P:  # the ids are new ones only
+        cache_length, P = cache.length, mask.shape[1]
+        if cache_length + ids.shape[1] != P:
+            raise ValueError(f"Attention mask should cover {cache_length + ids.shape[1]} tokens")
+    positions = given.get("position_ids")
+    if positions is not None:
+        positions = np.broadcast_to(np.asarray(positions), mask.shape)
+    wanted = options.return_dict_in_generate
+    traced = (
+        bool(wanted and options.output_attentions),
+        bool(wanted and options.output_hidden_states),
+    )
+    weights = model.with_params(given.get("params"))
+    return Session(model, weights, mask, cache, positions, traced)
+
+
+def _inferred_mask(ids: np.ndarray, options: GenerationConfig) -> np.ndarray:
+    """Padding is not seen, if it can be told from the end of a text."""
+    pad = options.pad_token_id
+    told = pad is not None and pad not in (options.eos_token_id or [])
+    return (ids != pad).astype(np.int64) if told else np.ones(ids.shape, np.int64)
+
+
+def _draft(model: Any, assistant: Any, run: Run, given: Mapping[str, Any]) -> Draft | None:
+    """What guesses the next tokens, if speculation was asked for and can help."""
+    options = run.options
+    if assistant is None and options.prompt_lookup_num_tokens is None:
+        return None
+    if options.num_beams > 1 or options.do_sample:
+        raise NotImplementedError("speculation is greedy: do_sample=False and num_beams=1")
+    if len(run.ids) > 1:
+        raise ValueError("assisted generate is only supported for batch_size = 1")
+    if run.session.cache is None:
+        raise ValueError("assisted generate requires `use_cache=True`")
+    if run.session.attentions is not None or run.session.hidden_states is not None:
+        return None  # steps are traced one by one; the ids are the same
+    if assistant is None:
+        ngram = options.max_matching_ngram_size or 2
+        return PromptLookup(options.prompt_lookup_num_tokens, ngram)
+    if assistant.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"the assistant knows {assistant.vocab_size} tokens, the model {model.vocab_size}"
+        )
+    session = Session(assistant, assistant.weights, run.session.mask, assistant.new_cache(1))
+    return DraftModel(session, options.num_assistant_tokens, options.num_assistant_tokens_schedule)
+
+
+def transition_scores(
+    sequences: np.ndarray,
+    scores: Sequence[np.ndarray],
+    beam_indices: np.ndarray | None,
+    normalize_logits: bool,
+) -> np.ndarray:
+    """The score of every generated token: (R, new tokens). See `compute_transition_scores`."""
+    steps = np.stack(list(scores))  # (new tokens, B * beams, V)
+    if normalize_logits:
+        steps = sampling.log_softmax(steps)
+    rows = np.arange(steps.shape[1])[:, None] if beam_indices is None else beam_indices
+    if beam_indices is not None:
+        rows = rows[:, : int((rows >= 0).sum(axis=1).max())]
+    count = len(steps) if beam_indices is None else rows.shape[1]
+    generated = sequences[:, sequences.shape[1] - count :]
+    chosen = steps[np.arange(count), np.maximum(rows, 0), generated]
+    return np.where(rows < 0, 0, chosen)

@@ -1,0 +1,208 @@
+"""GenerationConfig: the options of generate(), as attributes and as generation_config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_np.checkpoint import locate
+from llama_np.config import read_json
+from llama_np.files import write_atomically
+
+DEFAULTS: dict[str, Any] = {
+    # how long
+    "max_length": 20,
+    "max_new_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "early_stopping": False,
+    "max_time": None,
+    # which strategy
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "use_cache": True,
+    # what happens to the scores
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "diversity_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "force_words_ids": None,
+    "renormalize_logits": False,
+    "constraints": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_decoder_ids": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
+    "low_memory": None,
+    # what is returned
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    # special tokens
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    # encoder-decoder models, kept for their files
+    "encoder_no_repeat_ngram_size": 0,
+    "decoder_start_token_id": None,
+    # speculative decoding
+    "num_assistant_tokens": 5,
+    "num_assistant_tokens_schedule": "heuristic",
+    "prompt_lookup_num_tokens": None,
+    "max_matching_ngram_size": None,
+}
+
+# Options of transformers that change the result and are missing: any other value is refused.
+_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "diversity_penalty": (None, 0, 0.0),
+    "force_words_ids": (None,),
+    "constraints": (None,),
+    "guidance_scale": (None, 1, 1.0),
+}
+_SAMPLING_ONLY = ("temperature", "top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+FILE = "generation_config.json"
+
+
+class GenerationConfig:
+    """The options of generate(); unknown keywords become attributes, as in transformers."""
+
+    max_length: Any
+    max_new_tokens: Any
+    eos_token_id: Any
+    pad_token_id: int | None
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name, default in DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, copy.copy(default)))
+        self._from_model_config = bool(kwargs.pop("_from_model_config", False))
+        kwargs.pop("transformers_version", None)
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"GenerationConfig has no option {name!r}")
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> GenerationConfig:
+        """The defaults that an old checkpoint keeps in its config.json."""
+        values = {name: value for name, value in vars(model_config).items() if name in DEFAULTS}
+        return cls(**values, _from_model_config=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any
+    ) -> GenerationConfig:
+        """Read generation_config.json of a folder or a bundled checkpoint; keywords override."""
+        values = read_json(locate(pretrained_model_name) / FILE)
+        return cls(**{**values, **kwargs})
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> GenerationConfig:
+        """The options of a generation_config.json; keywords override."""
+        return cls(**{**config_dict, **kwargs})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options."""
+        return copy.deepcopy(vars(self))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The options that are not at their defaults: what the file holds."""
+        values = self.to_dict()
+        changed = {k: v for k, v in values.items() if k not in DEFAULTS or v != DEFAULTS[k]}
+        if not self._from_model_config:
+            changed.pop("_from_model_config")
+        return changed
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON with sorted keys, indented by 2, ending in a newline."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write generation_config.json into a folder, which is created."""
+        os.makedirs(save_directory, exist_ok=True)
+        text = self.to_json_string().encode("utf-8")
+        write_atomically(Path(save_directory) / FILE, text, overwrite=True)
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set known options; returns the keywords that are none."""
+        unused = {}
+        for name, value in kwargs.items():
+            if name in vars(self):
+                setattr(self, name, value)
+            else:
+                unused[name] = value
+        return unused
+
+    def validate(self) -> None:
+        """Errors: ValueError for options that contradict each other, NotImplementedError.
+
+        Options of sampling that have no effect without `do_sample` give a UserWarning.
+        """
+        for name, allowed in _NOT_IMPLEMENTED.items():
+            if getattr(self, name) not in allowed:
+                raise NotImplementedError(f"generate() has no {name} here")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                f"`early_stopping` must be a boolean or 'never', but is {self.early_stopping}."
+            )
+        for name in ("num_beams", "num_return_sequences"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` has to be an integer of at least 1, but is {value!r}")
+        if self.num_beams == 1 and not self.do_sample and self.num_return_sequences > 1:
+            raise ValueError(
+                "Greedy methods without beam search do not support `num_return_sequences` "
+                f"different than 1 (got {self.num_return_sequences})."
+            )
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"`num_return_sequences` ({self.num_return_sequences}) has to be smaller or equal "
+                f"to `num_beams` ({self.num_beams})."
+            )
+        self._warn_of_idle_options()
+
+    def _warn_of_idle_options(self) -> None:
+        idle = [] if self.do_sample else [n for n in _SAMPLING_ONLY if self._differs(n)]
+        for name in idle:
+            warnings.warn(
+                f"`do_sample` is False, but `{name}` is {getattr(self, name)}: it has an effect "
+                "only when tokens are drawn at random. Set `do_sample=True`, or leave it out.",
+                stacklevel=5,
+            )
+
+    def _differs(self, name: str) -> bool:
+        return getattr(self, name) not in (None, DEFAULTS[name])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerationConfig) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it can change
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {self.to_json_string()}"
