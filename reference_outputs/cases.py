@@ -5,9 +5,11 @@ Only NumPy here. `record.py` runs the calls in transformers; `README.md` explain
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,12 @@ from models import MODELS, Arrays, Config
 CAUSAL, BASE = "LlamaForCausalLM", "LlamaModel"
 CLASSIFIER = "LlamaForSequenceClassification"
 VOCABULARY = 97
+BUNDLED = Path(__file__).resolve().parents[1] / "llama_np" / "checkpoints" / "fairytales"
+
+
+def bundled_config() -> Config:
+    """The config.json of the checkpoint that comes with llama_np."""
+    return dict(json.loads((BUNDLED / "config.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Case:
 
     def full_config(self) -> Config:
         """What stands in the case's config.json; the change `...` removes a key."""
-        changed = MODELS[self.model] | {"torch_dtype": self.dtype} | self.config
+        own = bundled_config() if self.model == "bundled" else MODELS[self.model]
+        changed = own | {"torch_dtype": self.dtype} | self.config
         return {key: value for key, value in changed.items() if value is not ...}
 
 
@@ -456,7 +465,7 @@ def classification_losses(three: Arrays) -> list[Case]:
 
 def generate(name: str, shows: str, model: str = "gqa", **more: Any) -> Case:
     """Greedy from two prompts of six tokens, pad 0, scores recorded, unless said otherwise."""
-    inputs = more.pop("inputs", None) or {"input_ids": draw("prompts", 2, 6)}
+    inputs = more.pop("inputs", None) or {"input_ids": draw("prompts-2", 2, 6)}
     arguments = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False} | more.pop(
         "arguments", {}
     )
@@ -464,6 +473,7 @@ def generate(name: str, shows: str, model: str = "gqa", **more: Any) -> Case:
     return Case(f"generate-{name}", shows, model, "generate", inputs=inputs, arguments=full, **more)
 
 
+EOS_OFTEN = list(range(5, 97, 4))  # some beam meets one at almost every step
 EOS = [5, 11, 17, 23, 29, 31, 37, 41, 43, 47, 53, 59]  # enough of them that some rows end
 
 
@@ -487,10 +497,10 @@ def greedy() -> list[Case]:
         case("max-length-reached", "a prompt of max_length: one token all the same",
              max_length=6, max_new_tokens=None),
         case("eos-list", "a row that ends is filled with pad", eos_token_id=EOS, max_new_tokens=24),
-        case("eos-mha", "the same on another model", "mha", eos_token_id=EOS, max_new_tokens=24),
+        case("eos-mha", "the same on another model", "mha", eos_token_id=[25, 63], max_new_tokens=24),
         case("min-new-tokens", "no eos before eight new tokens", eos_token_id=EOS,
              min_new_tokens=8, max_new_tokens=24),
-        case("min-length", "no eos before length ten", eos_token_id=EOS, min_length=10,
+        case("min-length", "no eos before length eleven", eos_token_id=EOS, min_length=11,
              max_new_tokens=24),
         case("repetition-penalty", "1.7, prompt included", repetition_penalty=1.7),
         case("repetition-reward", "0.8", repetition_penalty=0.8),
@@ -511,7 +521,7 @@ def beams() -> list[Case]:
     def case(
         name: str, shows: str, model: str = "gqa", inputs: Any = None, **arguments: Any
     ) -> Case:
-        defaults = {"eos_token_id": EOS, "num_beams": 3}
+        defaults = {"eos_token_id": EOS_OFTEN, "num_beams": 3}
         return generate(f"beam-{name}", shows, model, inputs=inputs, arguments=defaults | arguments)
 
     left = _padded("beam-left", [7, 4, 2], 7, "left")
@@ -629,7 +639,7 @@ def generate_newest() -> list[Case]:
                  inputs={"input_ids": draw("long", 1, 20)}, arguments={"max_new_tokens": 20},
                  **llama3, **more),
         generate("beam-head-dim", "beam search with an explicit head_dim", "head_dim",
-                 arguments={"num_beams": 3, "eos_token_id": EOS}, **more),
+                 arguments={"num_beams": 3, "eos_token_id": EOS, "pad_token_id": 3}, **more),
     ]  # fmt: skip
 
 
@@ -650,11 +660,59 @@ def low_precision() -> list[Case]:
     return found
 
 
+# --- the bundled checkpoint ------------------------------------------------------------------
+
+
+def pieces(text: str) -> list[int]:
+    """The ids of a text in the bundled tokenizer, <s> first."""
+    from sentencepiece import SentencePieceProcessor
+
+    return [1, *SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model")).encode(text)]
+
+
+STORIES = (
+    "Once upon a time there was a king who had three daughters, and the youngest",
+    "The old woman looked out of the window and said: “Little tin soldier, where are you going?”",
+)
+
+
+def bundled() -> list[Case]:
+    """The trained model; its weights are widened from bfloat16 and computed with in float32."""
+    first, second = (ints(pieces(text)) for text in STORIES)
+    both = [pieces(text) for text in STORIES]
+    width = max(map(len, both))
+    mask = lengths_to_mask([len(row) for row in both], width, "left")
+    ids = ints(*[[0] * (width - len(row)) + row for row in both])
+    padded = {"input_ids": ids, "attention_mask": mask}
+    greedy = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0,
+              "return_dict_in_generate": True}
+
+    def case(name: str, shows: str, inputs: Arrays, call: str = "forward", **more: Any) -> Case:
+        arguments = more.pop("arguments", {"use_cache": False})
+        return Case(f"bundled-{name}", shows, "bundled", call, inputs=inputs, arguments=arguments,
+                    **more)
+
+    classifier = {"class_name": CLASSIFIER}
+    return [
+        case("logits-1", STORIES[0], {"input_ids": first}),
+        case("logits-2", STORIES[1], {"input_ids": second}),
+        case("logits-padded", "both prompts in one batch, positions from the first token",
+             padded | {"position_ids": _shifted(mask)}, rows="attention_mask"),
+        case("greedy-1", "40 tokens", {"input_ids": first}, "generate", arguments=greedy),
+        case("greedy-2", "40 tokens", {"input_ids": second}, "generate", arguments=greedy),
+        case("greedy-padded", "both prompts in one batch", padded, "generate", arguments=greedy),
+        case("beams", "three beams, 16 tokens", {"input_ids": first}, "generate",
+             arguments=greedy | {"num_beams": 3, "max_new_tokens": 16}),
+        case("classify-1", "Andersen or Grimm?", {"input_ids": first}, **classifier),
+        case("classify-2", "Andersen or Grimm?", {"input_ids": second}, **classifier),
+    ]  # fmt: skip
+
+
 def all_cases() -> list[Case]:
     """Every case, in the order of the manifest."""
     groups = (
         architectures, architectures_newest, rope_437, rope_newest, activations, masks, masks_4d,
         positions, caches, losses, classification, greedy, beams, sampling, processors,
-        generate_newest, low_precision,
+        generate_newest, low_precision, bundled,
     )  # fmt: skip
     return [case for group in groups for case in group()]

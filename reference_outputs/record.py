@@ -2,7 +2,7 @@
 
     python reference_outputs/record.py             # transformers 4.37.2: almost everything
     python reference_outputs/record.py --newest    # the newest: llama3, yarn, longrope, head_dim, …
-    python reference_outputs/record.py --only 'bundled-*'     # after training the bundled model
+    python reference_outputs/record.py --only 'bundled-*' 'tokenizer-*'   # a new bundled model
     python reference_outputs/record.py --check     # record elsewhere and compare with what is here
 
 Needs torch, transformers and safetensors, and nothing of llama_np but its checkpoint.
@@ -11,6 +11,7 @@ Needs torch, transformers and safetensors, and nothing of llama_np but its check
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import hashlib
 import inspect
@@ -19,7 +20,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from cases import Case, all_cases
+from cases import BUNDLED, Case, all_cases
 from models import MODELS, Arrays, seed, weights
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from tokenizer_cases import TokenizerCase, tokenizer_cases
 from transformers import (
+    AddedToken,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    LlamaTokenizer,
+    LlamaTokenizerFast,
 )
 from transformers.generation import logits_process
 
@@ -54,13 +60,21 @@ def build(case: Case, arrays: Arrays) -> Any:
     model = CLASSES[case.class_name](config).eval()
     torch.set_default_dtype(torch.float32)
     state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if config.tie_word_embeddings and case.class_name == "LlamaForCausalLM":
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     if case.class_name == "LlamaModel":
-        state = {k.removeprefix("model."): v for k, v in state.items() if k != "lm_head.weight"}
-    model.load_state_dict(state, strict=True)
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    model.load_state_dict({name: state[name] for name in model.state_dict()}, strict=True)
     assert model.config._attn_implementation == "eager"
     return model
+
+
+def weights_of(case: Case) -> Arrays:
+    """The arrays behind a case; the bundled checkpoint's bfloat16 is widened, which is exact."""
+    if case.model != "bundled":
+        return weights(case.model)
+    tensors = load_tensors(BUNDLED / "model.safetensors")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def tensors(case: Case) -> dict[str, Any]:
@@ -105,11 +119,11 @@ def run_chunks(case: Case, arrays: Arrays) -> Arrays:
 
 def run_generate(case: Case, arrays: Arrays) -> Arrays:
     out = build(case, arrays).generate(**tensors(case), **case.arguments)
-    scores = torch.stack(out.scores)
-    found = {"sequences": out.sequences, "scores": scores}
+    found = {"sequences": out.sequences}
+    if out.scores is not None:
+        found["scores"] = torch.stack(out.scores)
     for name in ("sequences_scores", "beam_indices"):
-        if getattr(out, name, None) is not None:
-            found[name] = getattr(out, name)
+        found[name] = getattr(out, name, None)
     return flat(found)
 
 
@@ -183,7 +197,7 @@ def sensitivity(outputs: Arrays, others: Arrays) -> float:
 
 def record(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case, write its folder, and return its entry of the manifest."""
-    arrays = weights(case.model)
+    arrays = weights_of(case)
     with torch.inference_mode():
         outputs = RUN[case.call](case, arrays)
         moved = RUN[case.call](case, nudged(arrays))
@@ -203,13 +217,20 @@ def entry(case: Case, outputs: Arrays) -> dict[str, Any]:
         "class": case.class_name,
         "call": case.call,
         "arguments": case.arguments,
-        "weights": f"../_models/{case.model}",
+        "weights": weights_folder(case),
         "rows": case.rows,
         "compare": case.compare,
         "inputs": {name: describe(array) for name, array in case.inputs.items()},
         "outputs": {name: describe(array) for name, array in outputs.items()},
     }
     return described | ({"chunks": list(case.chunks)} if case.chunks else {})
+
+
+def weights_folder(case: Case) -> str:
+    """The weights' folder as seen from the case's folder."""
+    if case.model == "bundled":
+        return "../../../" + BUNDLED.relative_to(HERE.parent).as_posix()
+    return f"../_models/{case.model}"
 
 
 def describe(array: np.ndarray) -> str:
@@ -226,6 +247,62 @@ def save(path: Path, arrays: Arrays) -> None:
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+TOKENIZERS = {cls.__name__: cls for cls in (LlamaTokenizer, LlamaTokenizerFast)}
+
+
+def record_tokenizer(case: TokenizerCase, folder: Path) -> dict[str, Any]:
+    """Build the tokenizer, ask it everything, write the answers."""
+    model = BUNDLED / "tokenizer.model"
+    tokenizer = TOKENIZERS[case.class_name](str(model), **case.arguments)
+    for method, positional, keywords in case.setup:
+        tokens = [[AddedToken(**token) for token in positional[0]]]
+        getattr(tokenizer, method)(*tokens, **keywords)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "calls.json", [answered(tokenizer, call) for call in case.calls])
+    return {
+        "shows": case.shows,
+        "environment": OLD,
+        "implementation": f"transformers {transformers.__version__}",
+        "class": case.class_name,
+        "call": "tokenizer",
+        "arguments": case.arguments,
+        "setup": case.setup,
+        "tokenizer": "../../../" + model.relative_to(HERE.parent).as_posix(),
+        "compare": "binding",
+    }
+
+
+def answered(tokenizer: Any, call: list[Any]) -> dict[str, Any]:
+    """The call with what it returned, or the name of what it raised."""
+    method, positional, keywords = call
+    asked = {"method": method, "arguments": positional, "keywords": keywords}
+    own = copy.deepcopy(positional)  # decode changes the list that it is given
+    try:
+        return asked | {"result": plain(getattr(tokenizer, method)(*own, **keywords))}
+    except Exception as error:
+        return asked | {"raises": type(error).__name__}
+
+
+def plain(value: Any) -> Any:
+    """The answer as JSON: arrays become lists."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    """A JSON list, one element per line."""
+    lines = ",\n".join(json.dumps(value, ensure_ascii=True) for value in values)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+# --- the whole -------------------------------------------------------------------------------
 
 
 def write_models(root: Path) -> dict[str, Any]:
@@ -262,6 +339,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def bundled_files() -> list[Path]:
+    """What the bundled-* and tokenizer-* cases were computed from."""
+    return [BUNDLED / name for name in ("config.json", "model.safetensors", "tokenizer.model")]
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     path = root / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -270,18 +352,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def record_all(root: Path, newest: bool, only: list[str]) -> None:
     """Record the cases of this environment below `root` and bring its manifest up to date."""
     here, old = "newest" if newest else OLD, read_manifest(root)
-    wanted = {case.name: case for case in all_cases()}
+    wanted = {case.name: case for case in [*all_cases(), *tokenizer_cases()]}
     entries = {k: v for k, v in old.get("cases", {}).items() if k in wanted}
     for name, case in wanted.items():
         if case.environment == here and any(fnmatch.fnmatch(name, each) for each in only):
-            entries[name] = record(case, root / "cases" / name)
-            print(f"{name:36} sensitivity {entries[name]['sensitivity']:.1e}")
+            one = record if isinstance(case, Case) else record_tokenizer
+            entries[name] = one(case, root / "cases" / name)
+            print(f"{name:36} sensitivity {entries[name].get('sensitivity', 0):.1e}")
     remove_strangers(root, set(wanted))
     manifest = {
         "format": 1,
         "environments": old.get("environments", {})
         | {here: environment(["--newest"] if newest else [])},
         "models": write_models(root),
+        "bundled": {path.name: sha256(path) for path in bundled_files()},
         "cases": {name: entries[name] for name in wanted if name in entries},
         "files": {str(p.relative_to(root).as_posix()): sha256(p) for p in files(root)},
     }
