@@ -20,7 +20,7 @@ from llama_np.config import Config
 from llama_np.layers import project
 from llama_np.model import ModelWeights, causal, hidden_states, logits
 from llama_np.precision import round_bf16, round_f16, widen
-from llama_np.tap import Tap
+from llama_np.tap import Tap, chain
 
 # Every named array in the order in which it is computed, with its axes.
 BEFORE = {
@@ -247,16 +247,25 @@ def spans(calls: tuple[int, ...]) -> Iterator[slice]:
     return (slice(end - n, end) for end, n in zip(ends, calls, strict=True))
 
 
+Watch = Callable[[str, np.ndarray], None]
+
+
+class Enough(Exception):
+    """Raised by a watcher to end a run early."""
+
+
 def evaluate(
     run: Run,
     precision: Precision = FLOAT64,
     names: frozenset[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Run the model call by call: all recorded arrays (or those in `names`), and the tokens.
 
     Arrays of later calls follow those of earlier ones along T; scores and weights get one
-    column per token of the whole run, 0 where a call could not yet see it.
+    column per token of the whole run, 0 where a call could not yet see it. `watch` is shown
+    every recorded array of a run in one call, and may end it by raising `Enough`.
     """
     weights = Prepared(run.weights, precision, run)
     tokens = run.tokens.copy()
@@ -271,6 +280,7 @@ def evaluate(
             positions = run.positions[:, columns]
             place = Place(run.config, positions, columns, run.prompt)
             tap = _tap(run, weights, precision, place, part, names)
+            tap = tap if watch is None or not single else chain(tap, _watching(run, watch, names))
             visible = run.visible[:, :, columns, : columns.stop]
             hidden = hidden_states(
                 tokens[:, columns], weights, run.config, cache, positions, visible, tap
@@ -318,6 +328,15 @@ def _tap(
     return tap
 
 
+def _watching(run: Run, watch: Watch, names: frozenset[str] | None) -> Tap:
+    def tap(name: str, array: np.ndarray) -> np.ndarray:
+        if names is None or name in names:
+            watch(name, _as_shown(name, array, run))
+        return array
+
+    return tap
+
+
 def _joined(parts: list[dict[str, np.ndarray]], run: Run) -> dict[str, np.ndarray]:
     width = run.tokens.shape[1]
     joined = {}
@@ -326,12 +345,17 @@ def _joined(parts: list[dict[str, np.ndarray]], run: Run) -> dict[str, np.ndarra
         if axes_of(name).endswith("S"):
             pieces = [_widened(piece, width) for piece in pieces]
         array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
-        array = blanked(name, array, run.positions)
-        if run.rows is not None:
-            array = array.take(run.rows, axis)
-        local = split_name(name)[1]
-        joined[name] = run.shown[local](array) if local in run.shown else array
+        joined[name] = _as_shown(name, array, run)
     return joined
+
+
+def _as_shown(name: str, array: np.ndarray, run: Run) -> np.ndarray:
+    """An array of the whole run as it appears in a record."""
+    array = blanked(name, array, run.positions)
+    if run.rows is not None:
+        array = array.take(run.rows, row_axis(name))
+    local = split_name(name)[1]
+    return run.shown[local](array) if local in run.shown else array
 
 
 def blanked(name: str, array: np.ndarray, positions: np.ndarray) -> np.ndarray:
