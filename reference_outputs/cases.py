@@ -159,7 +159,8 @@ SCALINGS_NEWEST: dict[str, tuple[str, Config]] = {
     "yarn-no-truncate": ("ramp borders not rounded", YARN | ORIGINAL | {"truncate": False}),
     "yarn-mscale": ("mscale and mscale_all_dim", YARN | ORIGINAL
                     | {"mscale": 1.3, "mscale_all_dim": 0.6}),
-    "yarn-attention-factor": ("attention_factor given", YARN | ORIGINAL | {"attention_factor": 1.3}),
+    "yarn-attention-factor": ("attention_factor given",
+                              YARN | ORIGINAL | {"attention_factor": 1.3}),
     "yarn-default-betas": ("beta_fast 32 and beta_slow 1",
                            {"rope_type": "yarn", "factor": 4.0} | ORIGINAL),
     "longrope": ("short factors up to the original length, long ones beyond", LONG | ORIGINAL),
@@ -175,8 +176,8 @@ SCALINGS_NEWEST: dict[str, tuple[str, Config]] = {
 def rope_newest() -> list[Case]:
     found: list[Case] = []
     for name, (shows, scaling) in SCALINGS_NEWEST.items():
-        found += _below_and_above(name, f"{scaling['rope_type']}: {shows}", config=_scaled(**scaling),
-                                  environment="newest")  # fmt: skip
+        told, config = f"{scaling['rope_type']}: {shows}", _scaled(**scaling)
+        found += _below_and_above(name, told, config=config, environment="newest")
     config = _newest_spelling(LLAMA3 | ORIGINAL)
     return found + _below_and_above("llama3-parameters", "llama3 in the newest spelling",
                                     config=config, environment="newest")  # fmt: skip
@@ -198,10 +199,12 @@ def architectures_newest() -> list[Case]:
     more = {"environment": "newest"}
     mixed = {"max_position_embeddings": TRAINED, "rope_scaling": YARN | ORIGINAL}
     return [
-        forward("head-dim", "head_dim 12 although D / N is 8: N * H = 72, D = 48", "head_dim", **more),
+        forward("head-dim", "head_dim 12 although D / N is 8: N * H = 72, D = 48", "head_dim",
+                **more),
         forward("states-head-dim", "its hidden states and attention weights", "head_dim",
                 arguments={"output_attentions": True, "output_hidden_states": True}, **more),
-        forward("mlp-bias", "biases on gate, up, down, q, k, v, o; head_dim 14", "mlp_bias", **more),
+        forward("mlp-bias", "biases on gate, up, down, q, k, v, o; head_dim 14", "mlp_bias",
+                **more),
         forward("mlp-bias-parameters", "the same in the newest spelling, rope_theta 300",
                 "mlp_bias", config=_newest_spelling({"rope_type": "default"}, 300.0), **more),
         forward("head-dim-yarn", "yarn on an explicit head_dim", "head_dim", config=mixed,
@@ -216,8 +219,8 @@ def architectures_newest() -> list[Case]:
 # --- activations -----------------------------------------------------------------------------
 
 ACTIVATIONS = (
-    "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate laplace leaky_relu "
-    "linear mish quick_gelu relu relu2 relu6 sigmoid silu swish tanh"
+    "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate laplace "
+    "leaky_relu linear mish quick_gelu relu relu2 relu6 sigmoid silu swish tanh"
 ).split()
 
 
@@ -416,25 +419,26 @@ def classify(name: str, shows: str, model: str = "labels3", **more: Any) -> Case
 
 
 def classification() -> list[Case]:
-    pads = [
-        classify(f"pads-{k}", shows, inputs={"input_ids": ids}) for k, (shows, ids) in PADS.items()
-    ]
     left = PADS["left"][1]
     three = {"input_ids": draw("classify", 3, 6)}
     embeds = {"inputs_embeds": normal("classify-embeds", 3, 6, 48)}
-    return pads + [
+    return [
+        *(classify(f"pads-{name}", shows, inputs={"input_ids": ids})
+          for name, (shows, ids) in PADS.items()),
         classify("pads-masked", "the mask hides left pads, the index does not look at it",
                  inputs={"input_ids": left, "attention_mask": (left != 0).astype(np.int64)}),
-        classify("no-pad-id", "pad_token_id null: one row, last column", config={"pad_token_id": None},
-                 inputs={"input_ids": ints([3, 0, 7, 9, 0])}),
+        classify("no-pad-id", "pad_token_id null: one row, last column",
+                 config={"pad_token_id": None}, inputs={"input_ids": ints([3, 0, 7, 9, 0])}),
         classify("pad-minus-one", "pad_token_id -1 is never found", config={"pad_token_id": -1},
                  inputs={"input_ids": PADS["right"][1]}),
         classify("pad-is-eos", "pad = eos = 2: the genuine eos is dropped too",
-                 config={"pad_token_id": 2}, inputs={"input_ids": ints([3, 7, 2, 2, 2], [3, 4, 5, 6, 2])}),
+                 config={"pad_token_id": 2},
+                 inputs={"input_ids": ints([3, 7, 2, 2, 2], [3, 4, 5, 6, 2])}),
         classify("embeds", "inputs_embeds: the last column", inputs=embeds),
         classify("bias", "five labels, attention biases", "labels5_bias", inputs=three),
         classify("states", "states of the trunk", inputs=three, arguments=ALL_STATES),
-    ] + classification_losses(three)  # fmt: skip
+        *classification_losses(three),
+    ]  # fmt: skip
 
 
 def classification_losses(three: Arrays) -> list[Case]:
@@ -497,7 +501,8 @@ def greedy() -> list[Case]:
         case("max-length-reached", "a prompt of max_length: one token all the same",
              max_length=6, max_new_tokens=None),
         case("eos-list", "a row that ends is filled with pad", eos_token_id=EOS, max_new_tokens=24),
-        case("eos-mha", "the same on another model", "mha", eos_token_id=[25, 63], max_new_tokens=24),
+        case("eos-mha", "the same on another model", "mha", eos_token_id=[25, 63],
+             max_new_tokens=24),
         case("min-new-tokens", "no eos before eight new tokens", eos_token_id=EOS,
              min_new_tokens=8, max_new_tokens=24),
         case("min-length", "no eos before length eleven", eos_token_id=EOS, min_length=11,
@@ -510,7 +515,8 @@ def greedy() -> list[Case]:
              bad_words_ids=[[i] for i in range(30, 60)] + [[7, 8], [61, 62, 63]]),
         case("left-padding", "left padding with a mask",
              inputs={"input_ids": pads, "attention_mask": left["attention_mask"]}),
-        case("inferred-mask", "pad 0 in the prompt: the mask is inferred", inputs={"input_ids": pads}),
+        case("inferred-mask", "pad 0 in the prompt: the mask is inferred",
+             inputs={"input_ids": pads}),
         case("everything", "four processors at once", "mha", repetition_penalty=1.3,
              no_repeat_ngram_size=3, bad_words_ids=[[i] for i in range(60, 80)], min_new_tokens=6,
              eos_token_id=EOS, max_new_tokens=20),
@@ -536,7 +542,8 @@ def beams() -> list[Case]:
         case("never", 'early_stopping "never", length_penalty 1.5', early_stopping="never",
              length_penalty=1.5),
         case("return-3", "the three best of four", num_beams=4, num_return_sequences=3),
-        case("return-all", "all beams, early stopping", num_return_sequences=3, early_stopping=True),
+        case("return-all", "all beams, early stopping", num_return_sequences=3,
+             early_stopping=True),
         case("repetition-penalty", "acts on log-probabilities", repetition_penalty=1.5),
         case("no-repeat-bad-words", "both, on a tied head", "tied", no_repeat_ngram_size=2,
              bad_words_ids=[[i] for i in range(20, 40)], max_new_tokens=16),
@@ -613,7 +620,8 @@ CHAINS: dict[str, tuple[str, list[list[Any]]]] = {
                        {"prompt_length_to_skip": 3, "min_new_tokens": 6, "eos_token_id": [2, 5]}]]),
     "in-order": ("4.37.2", [["RepetitionPenaltyLogitsProcessor", {"penalty": 1.2}],
                             ["TemperatureLogitsWarper", {"temperature": 1.3}],
-                            ["TopKLogitsWarper", {"top_k": 9}], ["TopPLogitsWarper", {"top_p": 0.9}]]),
+                            ["TopKLogitsWarper", {"top_k": 9}],
+                            ["TopPLogitsWarper", {"top_p": 0.9}]]),
     "min-p": ("newest", [["MinPLogitsWarper", {"min_p": 0.15}]]),
     "min-p-min-keep": ("newest", [["MinPLogitsWarper", {"min_p": 0.9, "min_tokens_to_keep": 4}]]),
 }  # fmt: skip
@@ -623,7 +631,7 @@ def processors() -> list[Case]:
     ids = ints([1, 2, 3, 1, 2], [9, 9, 9, 9, 9], [4, 9, 4, 9, 4], [8, 7, 6, 5, 9], [0, 1, 0, 1, 2])
     inputs = {"input_ids": ids, "scores": _logits()}
     return [
-        Case(f"processor-{name}", "fixed scores with ties through " + ", ".join(s[0] for s in steps),
+        Case(f"processor-{name}", "fixed scores through " + ", ".join(step[0] for step in steps),
              call="processors", inputs=inputs, arguments={"processors": steps}, environment=where)
         for name, (where, steps) in CHAINS.items()
     ]  # fmt: skip
@@ -638,8 +646,6 @@ def generate_newest() -> list[Case]:
         generate("llama3", "greedy with llama3 scaling, past both lengths",
                  inputs={"input_ids": draw("long", 1, 20)}, arguments={"max_new_tokens": 20},
                  **llama3, **more),
-        generate("beam-head-dim", "beam search with an explicit head_dim", "head_dim",
-                 arguments={"num_beams": 3, "eos_token_id": EOS, "pad_token_id": 3}, **more),
     ]  # fmt: skip
 
 
@@ -684,13 +690,18 @@ def bundled() -> list[Case]:
     mask = lengths_to_mask([len(row) for row in both], width, "left")
     ids = ints(*[[0] * (width - len(row)) + row for row in both])
     padded = {"input_ids": ids, "attention_mask": mask}
-    greedy = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0,
-              "return_dict_in_generate": True}
+    greedy = {
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
 
     def case(name: str, shows: str, inputs: Arrays, call: str = "forward", **more: Any) -> Case:
         arguments = more.pop("arguments", {"use_cache": False})
-        return Case(f"bundled-{name}", shows, "bundled", call, inputs=inputs, arguments=arguments,
-                    **more)
+        return Case(
+            f"bundled-{name}", shows, "bundled", call, inputs=inputs, arguments=arguments, **more
+        )
 
     classifier = {"class_name": CLASSIFIER}
     return [

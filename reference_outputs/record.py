@@ -283,7 +283,7 @@ def answered(tokenizer: Any, call: list[Any]) -> dict[str, Any]:
     own = copy.deepcopy(positional)  # decode changes the list that it is given
     try:
         return asked | {"result": plain(getattr(tokenizer, method)(*own, **keywords))}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, transformers does it
         return asked | {"raises": type(error).__name__}
 
 
@@ -386,7 +386,8 @@ def check(newest: bool, only: list[str]) -> int:
         record_all(fresh, newest, only)
         different = [p for p in files(fresh) if sha256(p) != sha256(HERE / p.relative_to(fresh))]
         for path in different:
-            print(f"differs: {path.relative_to(fresh)} {distance(path, HERE / path.relative_to(fresh))}")
+            name = path.relative_to(fresh)
+            print(f"differs: {name} {distance(path, HERE / name)}")
         print(f"{len(list(files(fresh)))} files recorded again, {len(different)} differ")
     return bool(different)
 
@@ -401,7 +402,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or ""))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--newest", action="store_true", help="the cases that 4.37.2 cannot run")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="patterns of names")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="NAME", help="patterns of names"
+    )
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
     if (transformers.__version__ == OLD) == arguments.newest:

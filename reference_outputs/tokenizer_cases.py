@@ -247,9 +247,9 @@ def tokenizer_cases() -> list[TokenizerCase]:
     for kind, (class_name, arguments) in KINDS.items():
         for mode, (shows, more, setup, calls) in modes().items():
             name, told = f"tokenizer-{kind}-{mode}", f"{class_name} {arguments or ''}: {shows}"
-            found.append(TokenizerCase(
-                    name, told, class_name, arguments | more, setup=setup, calls=calls
-                ))
+            found.append(
+                TokenizerCase(name, told, class_name, arguments | more, setup=setup, calls=calls)
+            )
     return found
 
 

@@ -65,13 +65,23 @@ class Recorded:
         return (self.folder / self.entry["weights"]).resolve()
 
     def weights(self) -> dict[str, np.ndarray]:
-        return load_file(self.weights_folder / "model.safetensors")
+        """The weights as float32; the bundled checkpoint's bfloat16 is widened exactly."""
+        return widened((self.weights_folder / "model.safetensors").read_bytes())
 
     def inputs(self) -> dict[str, np.ndarray]:
         return load_file(self.folder / "inputs.safetensors")
 
     def outputs(self) -> dict[str, np.ndarray]:
         return load_file(self.folder / "outputs.safetensors")
+
+    def calls(self) -> list[dict[str, Any]]:
+        """What a tokenizer was asked, and what it returned or raised."""
+        return list(json.loads((self.folder / "calls.json").read_text(encoding="utf-8")))
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The SentencePiece model of a tokenizer case."""
+        return (self.folder / self.entry["tokenizer"]).resolve()
 
     def call_inputs(self) -> dict[str, Any]:
         """The inputs as keyword arguments; past keys and values as the tuple of pairs."""
@@ -92,10 +102,11 @@ class Recorded:
         rows, whole = self.rows(), np.asarray(array)
         if rows is None or whole.ndim < 3:
             return whole
-        return np.asarray(np.moveaxis(whole, ROW_AXIS.get(name.split(".")[0], 1), 1)[rows])
+        axis = ROW_AXIS.get(name.partition(".")[0], 1)
+        return np.asarray(np.moveaxis(whole, axis, 1)[rows])
 
     def error(self, name: str, array: Any) -> float:
-        """Relative L2 distance from the recorded output; infinite where inf, NaN or shape differ."""
+        """Relative L2 distance from the recorded output; infinite if inf, NaN or shape differ."""
         mine, truth = np.asarray(array), self.outputs()[name]
         if mine.shape != truth.shape:
             return float("inf")
@@ -116,6 +127,21 @@ class Recorded:
         else:
             error = self.error(name, array)
             assert error <= tolerance, f"{self.name}: {name} is off by {error:.1e}"
+
+
+def widened(file: bytes) -> dict[str, np.ndarray]:
+    """The float32 and bfloat16 tensors of a safetensors file, all as float32."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, tensor in header.items():
+        begin, end = (start + offset for offset in tensor["data_offsets"])
+        kind = np.uint16 if tensor["dtype"] == "BF16" else np.float32
+        raw = np.frombuffer(file[begin:end], kind)
+        wide = (raw.astype(np.uint32) << 16).view(np.float32) if kind is np.uint16 else raw
+        arrays[name] = wide.reshape(tensor["shape"])
+    return arrays
 
 
 def recorded(call: str | None = None, **fields: Any) -> list[Recorded]:
