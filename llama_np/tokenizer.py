@@ -12,7 +12,6 @@ import codecs
 import json
 import math
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from .errors import TokenizerError, require
+from llama_np import files
+from llama_np.errors import CheckpointError, TokenizerError, require
 
 MAX_MODEL_BYTES = 64 << 20  # tokenizer.model and tokenizer.json
 MAX_JSON_BYTES = 4 << 20  # the small files beside them
@@ -43,14 +43,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
     Errors: FileNotFoundError, IsADirectoryError, PermissionError; TokenizerError.
     """
-    status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(21, "Is a directory, expected a tokenizer file", str(path))
-    if not stat.S_ISREG(status.st_mode):
-        raise TokenizerError(f"{str(path)!r} is not a regular file; it was not opened")
-    if status.st_size > limit:
-        raise TokenizerError(f"{str(path)!r}: {status.st_size} bytes, expected at most {limit}")
-    return path.read_bytes()
+    try:
+        return files.read_bounded(path, limit)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -70,19 +66,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 def guess_format(data: bytes) -> str:
     """What a file that is not a SentencePiece model looks like, in words."""
-    head = data[:512].lstrip()
-    if not data:
-        return "an empty file"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer (fetch the real file with `git lfs pull`)"
-    if head[:1] == b"<" and re.match(rb"<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return "an HTML page (a failed download?)"
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
+    start = data[:512].lstrip()
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return "a tiktoken vocabulary (LLaMA-3; use the tokenizer.json of the Hugging Face version)"
-    for magic, name in ((b"{", "JSON"), (b"GGUF", "GGUF"), (b"PK", "a zip archive")):
-        if head.startswith(magic):
-            return name
-    return "damaged or truncated, or another format"
+    return files.guess_format(start)
 
 
 # --- the few protobuf fields that sentencepiece does not check -----------------------------------
@@ -133,6 +120,8 @@ def load_sentencepiece(
     """
     try:
         trainer = trainer_spec(data)
+        if not data:
+            raise TokenizerError("no pieces")
         processor = sentencepiece.SentencePieceProcessor(model_proto=data, **options)
     except (TokenizerError, RuntimeError, UnicodeDecodeError) as error:
         kind = guess_format(data)
@@ -173,7 +162,7 @@ class _SentencePiece:
 
     def __init__(self, data: bytes, name: str, legacy: bool) -> None:
         self.processor = load_sentencepiece(data, name)
-        self._data, self._name, self._legacy = data, name, legacy
+        self._data, self.prefixes_every_part = data, legacy
         self._continue: sentencepiece.SentencePieceProcessor | None = None
         self.size = len(self.processor)
         dummy = self.processor.encode("a") != self._without_prefix().encode("a")
@@ -186,8 +175,8 @@ class _SentencePiece:
             )
         return self._continue
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        processor = self.processor if first or self._legacy else self._without_prefix()
+    def encode(self, text: str, prefix: bool) -> list[int]:
+        processor = self.processor if prefix else self._without_prefix()
         return list(processor.encode(text))
 
     def piece(self, index: int) -> str:
@@ -218,6 +207,7 @@ class _TokenizersJson:
         self.spec, self._library = spec, library
         self._first = self._build(spec, name)
         self._later = self._build(_never_prepend(spec), name) if _prepends_once(spec) else None
+        self.prefixes_every_part = self._later is None
         self._vocab = {i: piece for piece, i in self._first.get_vocab(True).items()}
         self.size = max(self._vocab, default=-1) + 1
         self._kind, self.strips_space = _decoder_kind(spec.get("decoder"), name)
@@ -232,8 +222,8 @@ class _TokenizersJson:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        tokenizer = self._first if first or self._later is None else self._later
+    def encode(self, text: str, prefix: bool) -> list[int]:
+        tokenizer = self._first if prefix or self._later is None else self._later
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def template_prefix(self) -> list[int]:
@@ -391,7 +381,7 @@ class Tokenizer:
             return None
         if name in self.special_tokens:
             return self.special_tokens[name]
-        ids = self._backend.encode(name, first=False)
+        ids = self._backend.encode(name, prefix=False)
         return ids[0] if len(ids) == 1 and self._backend.piece(ids[0]) == name else None
 
     def encode(
@@ -417,8 +407,10 @@ class Tokenizer:
         ids: list[int] = []
         for place, part in enumerate(parts):
             if isinstance(part, str):
-                for n, text in enumerate(self._inside.split(part) if self._inside else [part]):
-                    ids += self._backend.encode(text, first=place == 0 and n == 0) if text else []
+                prefix = place == 0 or self._backend.prefixes_every_part
+                for text in self._inside.split(part) if self._inside else [part]:
+                    ids += self._backend.encode(text, prefix) if text else []
+                    prefix = False
             else:
                 ids += check_ids([part], self.vocab_size)
         return ids
@@ -559,7 +551,7 @@ def _inside_pattern(
     there keeps its characters and can no longer become that token.
     """
     known = [s for s, i in special.items() if i < backend.size and len(s) > 1]
-    used = [s for s in known if special[s] in backend.encode(s, first=False)]
+    used = [s for s in known if special[s] in backend.encode(s, prefix=False)]
     places = [rf"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in used]
     return re.compile("|".join(places)) if places else None
 
