@@ -16,6 +16,7 @@ from llama_np.hf import (
 from llama_np.hf_config import LlamaConfig
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
+from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
 
@@ -31,6 +32,8 @@ __all__ = [
     "LlamaForCausalLM",
     "LlamaForSequenceClassification",
     "LlamaModel",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
     "Sampling",
     "TextIteratorStreamer",
     "TextStreamer",
