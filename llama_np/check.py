@@ -404,7 +404,7 @@ CACHE_MISTAKES = (
     Mistake(
         "cache_hole",
         "a zero slot between the first piece and the next",
-        lambda pieces: _stored_with_hole(pieces),
+        _stored_with_hole,
     ),
     Mistake(
         "cache_overwritten",

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_classify(commands)
     _add_inspect(commands)
+    _add_explore(commands)
     cli_chat.add_commands(commands, add_generation_options)
     return parser
 
@@ -378,4 +379,26 @@ def run_inspect(args: argparse.Namespace) -> int:
         load(model, args.dtype, check_finite=True)
     summary = describe(model, args.dtype)
     write((json.dumps(summary) if args.json else table(summary)) + "\n")
+    return 0
+
+
+def _add_explore(commands: Any) -> None:
+    parser = commands.add_parser("explore", help="see one forward pass in the browser")
+    parser.add_argument("prompt")
+    parser.add_argument("-o", "--output", required=True, metavar="PAGE.html")
+    parser.add_argument("--overwrite", action="store_true")
+    add_model_options(parser)
+    parser.set_defaults(run=run_explore)
+
+
+def run_explore(args: argparse.Namespace) -> int:
+    """`llama-np explore`."""
+    from llama_np.checkpoint import load_tokenizer
+    from llama_np.explore import page
+    from llama_np.files import write_atomically
+
+    config, weights = load_model(args)
+    text = page(args.prompt, weights, config, load_tokenizer(args.model))
+    write_atomically(args.output, text.encode("utf-8"), args.overwrite)
+    note(f"wrote {args.output}")
     return 0
