@@ -26,10 +26,10 @@ LEVELS = [
     "config tokenizer weights",
     "cache chat_template gguf_file rope sentencepiece_model torch_pickle",
     "gguf_model layers llama2c",
-    "checkpoint model sampling",
-    "convert experiment generate hf_beams hf_config hf_generation_config hf_processors hf_session "
-    "hf_tokenizer_base hf_weights inspection losses",
-    "chat hf_speculate hf_tokenizer trace",
+    "checkpoint model sampling tiktoken_model",
+    "experiment generate hf_beams hf_config hf_generation_config hf_processors hf_session "
+    "hf_tokenizer_base hf_weights inspection losses meta",
+    "chat convert hf_speculate hf_tokenizer trace",
     "cli_chat hf_generate ports",
     "hf mistakes verify",
     "check cli show",
