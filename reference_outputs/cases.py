@@ -227,7 +227,9 @@ ACTIVATIONS = (
 def activations() -> list[Case]:
     ids = {"input_ids": draw("activations", 2, 9)}
     return [
-        forward(f"act-{name}", f"hidden_act {name}", "mha", config={"hidden_act": name}, inputs=ids)
+        forward(
+            f"act-{name}", f"hidden_act {name}", "loud", config={"hidden_act": name}, inputs=ids
+        )
         for name in ACTIVATIONS
     ]
 

@@ -75,6 +75,7 @@ MODELS: dict[str, Config] = {
     "labels5_bias": _classifier(**_labels(5), attention_bias=True),
     "head_dim": _sizes(48, 56, 2, 6, 2, head_dim=12),
     "mlp_bias": _sizes(40, 52, 2, 4, 1, head_dim=14, mlp_bias=True, attention_bias=True),
+    "loud": _sizes(40, 56, 2, 5, 5, rope_theta=100.0),
 }
 
 
@@ -117,6 +118,8 @@ def weights(model: str) -> Arrays:
     """The weights of a model, the same on every machine (RandomState's stream is frozen)."""
     random = np.random.RandomState(seed(model))
     arrays = {name: _weight(random, name, shape) for name, shape in shapes(MODELS[model]).items()}
+    if model == "loud":  # gates beyond 10, where relu6 and gelu_10 show
+        return {k: v * np.float32(1 + 3 * ("gate_proj" in k)) for k, v in arrays.items()}
     return {k: _exact_in_half(v) for k, v in arrays.items()} if model == "half" else arrays
 
 

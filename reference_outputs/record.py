@@ -272,7 +272,7 @@ def record_tokenizer(case: TokenizerCase, folder: Path) -> dict[str, Any]:
         "arguments": case.arguments,
         "setup": case.setup,
         "tokenizer": "../../../" + model.relative_to(HERE.parent).as_posix(),
-        "compare": "binding",
+        "compare": case.compare,
     }
 
 

@@ -6,7 +6,7 @@ returned or raised. All of it runs on the bundled `fairytales/tokenizer.model`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Call = list[Any]
@@ -195,7 +195,6 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
     [SYSTEM, USER, ANSWER, USER],
     [{"role": "user", "content": "<<SYS>>\nown\n<</SYS>>\n\nHi"}],
     [{"role": "user", "content": "I type </s><s>[INST] myself"}],
-    [SYSTEM],
     [ANSWER],
     [USER, USER],
 ]
@@ -218,6 +217,13 @@ def chat_calls() -> list[Call]:
     ]
 
 
+# 4.37.2 renders a lone system message as nothing at all.
+SILENT: list[Call] = [
+    ["apply_chat_template", [[SYSTEM]], {"tokenize": False}],
+    ["apply_chat_template", [[SYSTEM]], {}],
+]
+
+
 @dataclass(frozen=True)
 class TokenizerCase:
     """A way to build the tokenizer, what is done to it first, and the calls it answers."""
@@ -227,6 +233,7 @@ class TokenizerCase:
     class_name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: str = "4.37.2"
+    compare: str = "binding"
     setup: list[Call] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
@@ -250,7 +257,9 @@ def tokenizer_cases() -> list[TokenizerCase]:
             found.append(
                 TokenizerCase(name, told, class_name, arguments | more, setup=setup, calls=calls)
             )
-    return found
+    accident = "a lone system message becomes the empty text"
+    silent = TokenizerCase("tokenizer-silent", accident, "LlamaTokenizer", calls=SILENT)
+    return [*found, replace(silent, compare="information")]
 
 
 def modes() -> dict[str, tuple[str, dict[str, Any], list[Call], list[Call]]]:
