@@ -26,7 +26,7 @@ from llama_np.llama2c import read_llama2c
 from llama_np.precision import to_bf16
 from llama_np.tokenizer import Tokenizer
 from llama_np.tokenizer import load_tokenizer as open_tokenizer
-from llama_np.weights import DTYPES, FLOATS, Source, Stored, read_tensors
+from llama_np.weights import DTYPES, FLOATS, Source, Stored, copy_of_view, read_tensors
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 MAX_INDEX_BYTES = 64 << 20
@@ -81,7 +81,7 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
     if format == "safetensors":
         return open_tokenizer(path.parent)
     with tempfile.TemporaryDirectory() as folder:
-        for file, content in _read_single(path, format, mmap=True).files().items():
+        for file, content in read_single(path, format, mmap=True).files().items():
             write_atomically(Path(folder) / file, content)
         return open_tokenizer(folder)
 
@@ -136,13 +136,13 @@ def read_checkpoint(path: Path, mmap: bool = True) -> tuple[Config, dict[str, St
     if format in ("folder", "safetensors"):
         config = config_from_dict(read_values(path), where=repr(str(path)))
         return config, read_folder(path, mmap)
-    source = _read_single(path, format, mmap)
+    source = read_single(path, format, mmap)
     config = config_from_dict(source.config, where=repr(str(path)))
     sources = {k: v.replace("config.json", "the file") for k, v in config.sources.items()}
     return replace(config, sources=sources), source.tensors
 
 
-def _read_single(path: Path, format: str, mmap: bool) -> Source:
+def read_single(path: Path, format: str, mmap: bool) -> Source:
     """A file that holds a whole checkpoint."""
     if format == "gguf":
         file = parse_gguf(path)
@@ -151,7 +151,9 @@ def _read_single(path: Path, format: str, mmap: bool) -> Source:
         source = read_llama2c(path)
     if mmap:
         return source
-    copies = {n: t.mapped(np.copy) if t.is_mapped else t for n, t in source.tensors.items()}
+    copies = {
+        name: t.mapped(copy_of_view) if t.is_mapped else t for name, t in source.tensors.items()
+    }
     return replace(source, tensors=copies)
 
 
@@ -159,7 +161,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """The content of config.json, or what stands for it in a GGUF or llama2.c file."""
     format = file_format(path)
     if format not in ("folder", "safetensors"):
-        return _read_single(path, format, mmap=True).config
+        return read_single(path, format, mmap=True).config
     folder = path if format == "folder" else path.parent
     if format == "folder" and not (folder / "config.json").exists():
         raise _nothing_to_load(folder, "config.json")
@@ -175,7 +177,7 @@ def read_folder(path: Path, mmap: bool = True) -> dict[str, Stored]:
     if format == "safetensors":
         return read_tensors(path, mmap)
     if format != "folder":
-        return _read_single(path, format, mmap).tensors
+        return read_single(path, format, mmap).tensors
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists():
         return read_tensors(path / "model.safetensors", mmap)

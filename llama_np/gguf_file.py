@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_np.errors import CheckpointError, require
 from llama_np.files import PathLike, guess_format, open_regular
-from llama_np.weights import Entry, Stored, map_bytes, stored_view
+from llama_np.weights import Entry, Stored, forget_pages, map_bytes, stored_view
 
 MAX_STRING = 16 << 20
 MAX_KEYS = 1 << 16
@@ -25,6 +25,7 @@ MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 4
 MAX_NESTING = 4
 MAX_ALIGNMENT = 1 << 16
+STEP = 8192  # blocks that are decoded at a time, so that intermediate results stay small
 
 # Metadata types: numbers by their struct code, then the two that have a length.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q"}
@@ -245,9 +246,11 @@ def dequantize(kind: str, blocks: np.ndarray) -> np.ndarray:
     the package gguf decodes, when it is not installed.
     """
     if kind in DECODERS:
-        return np.concatenate(
-            [DECODERS[kind](part) for part in np.array_split(blocks, len(blocks) // 8192 + 1)]
-        )
+        numbers = np.empty((len(blocks), {k[0]: k[1] for k in TYPES.values()}[kind]), np.float32)
+        for first in range(0, len(blocks), STEP):
+            numbers[first : first + STEP] = DECODERS[kind](blocks[first : first + STEP])
+        forget_pages(blocks)
+        return numbers
     if kind in UNDECODABLE:
         raise NotImplementedError(f"GGUF tensor type {kind} is not implemented")
     gguf = require("gguf", extra="gguf")

@@ -315,50 +315,68 @@ def _byte_level(
     rule = metadata.get("tokenizer.ggml.pre", "default")
     if rule not in PRE_TOKENIZERS:
         raise NotImplementedError(f"{path!r}: text is cut by the rule {rule!r:.100}")
-    first, pattern = PRE_TOKENIZERS[rule]
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list) or not all(isinstance(m, str) for m in merges):
         raise TokenizerError(f"{path!r} holds no merges (tokenizer.ggml.merges)")
+    controls = {
+        i: kind != USER_DEFINED
+        for i, kind in enumerate(kinds)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
+    }
+    bos = _special_id(metadata, "bos", len(texts), path)
+    llama3 = PRE_TOKENIZERS[rule][1] == LLAMA3
+    if not metadata.get("tokenizer.ggml.add_bos_token", llama3):
+        bos = None
+    spec = byte_level_spec(texts, merges, controls, bos, rule)
+    return json.dumps(spec, ensure_ascii=False).encode("utf-8")
+
+
+def byte_level_spec(
+    texts: list[str],
+    merges: list[str],
+    controls: Mapping[int, bool],
+    bos: int | None,
+    rule: str = "llama-bpe",
+) -> dict[str, Any]:
+    """The content of a tokenizer.json for a byte-level byte-pair vocabulary.
+
+    `controls`: id -> whether it is special (hidden when text is decoded). `bos`: the id that is
+    put in front of every text, or None. `rule`: how text is cut, by llama.cpp's name.
+    """
+    first, pattern = PRE_TOKENIZERS[rule]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [*first, split | {"invert": False}, bytes_ | {"use_regex": False}]
     added = [
-        {"id": i, "content": texts[i], "special": kinds[i] != USER_DEFINED, **_PLAIN}
-        for i in range(len(texts))
-        if kinds[i] in (CONTROL, USER_DEFINED, UNKNOWN)
+        {"id": i, "content": texts[i], "special": special, **_PLAIN}
+        for i, special in controls.items()
     ]
-    model = {
-        "type": "BPE",
-        "vocab": {text: i for i, text in enumerate(texts)},
-        "merges": merges,
-        "ignore_merges": pattern == LLAMA3,
-    }
-    spec = {
+    vocab = {text: i for i, text in enumerate(texts) if i not in controls}
+    return {
         "version": "1.0",
         "added_tokens": added,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": _beginning(metadata, texts, pattern == LLAMA3, path),
+        "post_processor": None if bos is None else _beginning(texts[bos], bos),
         "decoder": bytes_ | {"use_regex": True},
-        "model": model,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "ignore_merges": pattern == LLAMA3,
+        },
     }
-    return json.dumps(spec, ensure_ascii=False).encode("utf-8")
 
 
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-def _beginning(
-    metadata: Mapping[str, Any], texts: list[str], default: bool, path: str
-) -> dict[str, Any] | None:
-    """The post-processor that puts the BOS in front, if this model is used with one."""
-    bos = _special_id(metadata, "bos", len(texts), path)
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", default):
-        return None
-    token = {"SpecialToken": {"id": texts[bos], "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
+def _beginning(text: str, bos: int) -> dict[str, Any]:
+    """The post-processor that puts the BOS in front."""
+    token = {"SpecialToken": {"id": text, "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
-        "single": [token, text],
-        "pair": [token, text, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {texts[bos]: {"id": texts[bos], "ids": [bos], "tokens": [texts[bos]]}},
+        "single": [token, sequence],
+        "pair": [token, sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {text: {"id": text, "ids": [bos], "tokens": [text]}},
     }

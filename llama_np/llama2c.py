@@ -25,6 +25,7 @@ from llama_np.weights import (
     Entry,
     Source,
     Stored,
+    forget_pages,
     map_bytes,
     pairs_from_halves,
     reorder_heads,
@@ -218,7 +219,9 @@ def _tensor(
     size = header.group_size
 
     def dequantized() -> np.ndarray:
-        return (numbers.reshape(-1, size) * scale.array).reshape(shape)
+        array = (numbers.reshape(-1, size) * scale.array).reshape(shape)
+        forget_pages(numbers)
+        return array
 
     return Stored("F32", dequantized, shape), stop
 

@@ -11,9 +11,10 @@ import json
 import math
 import mmap as memory
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -49,6 +50,12 @@ DTYPES = {
 FLOATS = frozenset(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 KNOWN_ELSEWHERE = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
 RESTING_AS_BITS = ("BF16", "F8_E4M3", "F8_E5M2")  # formats that rest in integer arrays
+
+
+class Writable(Protocol):
+    """Anything that takes bytes, one piece after another."""
+
+    def write(self, content: Any, /) -> object: ...
 
 
 class Stored:
@@ -145,6 +152,28 @@ def map_bytes(file: BinaryIO) -> np.ndarray:
         return np.zeros(0, np.uint8)
     mapping = memory.mmap(file.fileno(), 0, access=memory.ACCESS_READ)
     return np.frombuffer(mapping, np.uint8)
+
+
+def forget_pages(view: np.ndarray) -> None:
+    """Give back the memory in which the system shows this part of a mapped file.
+
+    Reading it again is possible, and slower. Only Linux needs this; elsewhere nothing happens.
+    """
+    owner: Any = view
+    first = 0
+    while isinstance(owner, np.ndarray):
+        first, owner = owner.ctypes.data, owner.base
+    if sys.platform == "linux" and isinstance(owner, memory.mmap) and view.size:
+        begin, end = np.lib.array_utils.byte_bounds(view)
+        start = (begin - first) // memory.PAGESIZE * memory.PAGESIZE
+        owner.madvise(memory.MADV_DONTNEED, start, end - first - start)
+
+
+def copy_of_view(view: np.ndarray) -> np.ndarray:
+    """A copy in memory of a view of a mapped file, whose pages are given back."""
+    copy = np.array(view)
+    forget_pages(view)
+    return copy
 
 
 def read_tensors(path: PathLike, mmap: bool = True) -> dict[str, Stored]:
@@ -346,7 +375,7 @@ def as_stored(name: str, tensor: np.ndarray | Stored) -> Stored:
 NUMPY_DTYPES = [dtype for dtype in DTYPES if dtype not in RESTING_AS_BITS]
 
 
-def write_array(file: BinaryIO, array: np.ndarray, dtype: str) -> None:
+def write_array(file: Writable, array: np.ndarray, dtype: str) -> None:
     """Append the elements in row order and the given byte order, whatever their layout.
 
     Piece by piece, so that a mapped array of any size is written with little memory.
@@ -395,4 +424,10 @@ def reorder_heads(
     rows = tensor.shape[0] if tensor.shape else 0
     if type(heads) is not int or heads < 1 or rows % (2 * heads):
         raise CheckpointError(f"{name!r}: {rows} rows are no pairs for {heads!r} heads", None, name)
-    return tensor.mapped(lambda array: order(array, heads))
+
+    def reordered(array: np.ndarray) -> np.ndarray:
+        result = order(array, heads)
+        forget_pages(array)
+        return result
+
+    return tensor.mapped(reordered)

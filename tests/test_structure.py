@@ -27,8 +27,8 @@ LEVELS = [
     "cache chat_template gguf_file rope sentencepiece_model torch_pickle",
     "gguf_model layers llama2c",
     "checkpoint model sampling tiktoken_model",
-    "experiment generate hf_beams hf_config hf_generation_config hf_processors hf_session "
-    "hf_tokenizer_base hf_weights inspection losses meta",
+    "experiment generate inspection losses meta",
+    "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
     "chat convert hf_speculate hf_tokenizer trace",
     "cli_chat hf_generate ports",
     "hf mistakes verify",
