@@ -274,6 +274,15 @@ def test_hidden_keys_weigh_exactly_nothing() -> None:
     np.testing.assert_array_equal(attend(q, k, v, visible), clean)
 
 
+def test_hidden_keys_weigh_nothing_however_low_the_visible_scores_are() -> None:
+    """A mask that adds -10000 would let them through."""
+    q, k, v = qkv()
+    visible = np.ones((B, 1, T, 9), bool)
+    visible[..., 5:] = False
+    far = attend(1e9 * q, k, v, visible)
+    same(far, attend(1e9 * q, k[:, :, :5], v[:, :, :5], visible[..., :5]))
+
+
 def test_recorded_scores_are_scaled_and_not_yet_masked() -> None:
     """Masked scores would hide a missing mask, and would become -inf when rounded to bfloat16."""
     q, k, v = qkv()

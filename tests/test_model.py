@@ -233,7 +233,7 @@ def test_an_id_outside_the_vocabulary_is_an_index_error_that_names_it(
     call: Any, wrong: int
 ) -> None:
     tokens = np.array([[0, 1], [1, wrong]], np.uint64 if wrong == 2**63 else np.int64)
-    with pytest.raises(IndexError, match=rf"{wrong} .* {V}\b"):
+    with pytest.raises(IndexError, match=rf"token id {wrong} .* {V}\b"):
         call(tokens, WEIGHTS, CONFIG)
 
 
