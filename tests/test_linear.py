@@ -1,0 +1,69 @@
+"""Every strategy of the one matrix product gives the same numbers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_np.linear import FEW, linear, strategy, times, times_bf16, times_few
+from llama_np.precision import to_bf16, widen_bf16
+
+SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
+
+
+def arrays(M: int, out: int, width: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(M + 31 * out + 997 * width)
+    weight = random.standard_normal((out, width)).astype(dtype)
+    return random.standard_normal((M, width)).astype(dtype), weight
+
+
+@given(SIZES)
+def test_every_strategy_equals_the_plain_product(sizes: tuple[int, int, int]) -> None:
+    rows, weight = arrays(*sizes, np.float64)
+    expected = times(rows, weight)
+    # float64 sums of at most 40 numbers of order 1: only the order of summation differs
+    np.testing.assert_allclose(times_few(rows, weight), expected, atol=1e-13)
+    np.testing.assert_allclose(linear(rows, weight), expected, atol=1e-13)
+
+
+@given(SIZES)
+def test_weights_at_rest_equal_their_widened_selves(sizes: tuple[int, int, int]) -> None:
+    rows, weight = arrays(*sizes, np.float32)
+    bits = to_bf16(weight)
+    wide = widen_bf16(bits).astype(np.float64)
+    expected = rows.astype(np.float64) @ wide.T
+    # float32: 40 products of order 1, each rounded to 6e-8 of the sum of their magnitudes
+    np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
+    exact = times_bf16(rows.astype(np.float64), bits)
+    np.testing.assert_allclose(exact, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("M", [1, 2, 7, 8])
+def test_the_result_has_the_dtype_of_the_input(dtype: type, bits: bool, M: int) -> None:
+    rows, weight = arrays(M, 300, 16, dtype)
+    product = linear(rows, to_bf16(weight) if bits else weight)
+    assert product.dtype == dtype
+
+
+def test_leading_axes_and_bias_are_kept_apart() -> None:
+    rows, weight = arrays(6, 5, 4, np.float64)
+    bias = np.arange(5.0)
+    product = linear(rows.reshape(2, 3, 4), weight, bias)
+    np.testing.assert_allclose(product.reshape(6, 5), rows @ weight.T + bias, atol=1e-14)
+
+
+def test_inputs_are_never_changed() -> None:
+    rows, weight = arrays(3, 9, 4, np.float64)
+    bias = np.ones(9)
+    for array in (rows, weight, bias):
+        array.flags.writeable = False
+    linear(rows, weight, bias)
+
+
+def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> None:
+    weight = np.ones((4, 4), np.float32)
+    assert [strategy(M, weight) for M in (1, 8, 100)] == [times] * 3
+    assert {strategy(M, weight) for M in FEW} == {times_few}
+    assert strategy(1, to_bf16(weight)) is times_bf16
