@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -149,6 +150,24 @@ def test_no_module_reads_the_environment_or_guesses_by_attribute(name: str) -> N
         match node:
             case ast.Name("hasattr") | ast.Attribute(attr="environ" | "getenv") | ast.Global():
                 raise AssertionError(f"llama_np/{name}.py:{node.lineno}: {ast.unparse(node)}")
+
+
+def defined_again(notebook: Path) -> set[str]:
+    """Functions of the library that a notebook's code cells define once more."""
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    code = [line for c in cells if c["cell_type"] == "code" for line in [*c["source"], "\n"]]
+    plain = "".join(line for line in code if not line.lstrip().startswith(("%", "!", "?")))
+    library = {f.name for tree in MODULES.values() for f in tree.body if isinstance(f, Function)}
+    return {f.name for f in functions(ast.parse(plain))} & library
+
+
+def test_notebooks_show_the_library_and_never_define_it_again(tmp_path: Path) -> None:
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        twice = defined_again(notebook)
+        assert not twice, f"{notebook.name} defines {twice}: import it, or name it otherwise"
+    cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "def rms_norm(x):\n", "  pass"]}
+    (tmp_path / "pasted.ipynb").write_text(json.dumps({"cells": [cell, cell]}), "utf-8")
+    assert defined_again(tmp_path / "pasted.ipynb") == {"rms_norm"}
 
 
 def project() -> dict[str, Any]:
