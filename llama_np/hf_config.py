@@ -211,6 +211,9 @@ class LlamaConfig:
         )
         self._name_or_path = str(given.pop("name_or_path", given.pop("_name_or_path", "")))
         given.pop("transformers_version", None)
+        kind = given.pop("model_type", None)
+        if kind not in (None, self.model_type):
+            self.model_type = kind  # refused when a model is built
         for name, default in (INHERITED | GENERATION_FIELDS).items():
             if name not in ("id2label", "label2id", "model_type", "_name_or_path"):
                 setattr(self, name, given.pop(name, copy.copy(default)))
