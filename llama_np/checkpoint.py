@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llama_np.config import Config, config_from_dict, read_json
-from llama_np.errors import CheckpointError, ConfigError
+from llama_np.errors import CheckpointError, ConfigError, TokenizerError
 from llama_np.files import guess_format, open_regular, write_atomically
 from llama_np.gguf_file import parse_gguf
 from llama_np.gguf_model import gguf_source
@@ -83,7 +83,10 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         for file, content in read_single(path, format, mmap=True).files().items():
             write_atomically(Path(folder) / file, content)
-        return open_tokenizer(folder)
+        try:
+            return open_tokenizer(folder)
+        except TokenizerError as problem:  # name the file that people know
+            raise TokenizerError(str(problem).replace(folder, str(path))) from problem
 
 
 def locate(name: str | os.PathLike[str]) -> Path:

@@ -80,7 +80,8 @@ def hugging_face_config(
         "eos_token_id": _ends(metadata),
         "torch_dtype": "float32",
     }
-    return config | _head_width(metadata, config, path) | _rope(metadata, tensors, config, path)
+    config |= _head_width(metadata, config, path)
+    return config | _rope(metadata, tensors, config, path)
 
 
 def _needed(metadata: Mapping[str, Any], key: str, path: str) -> Any:
