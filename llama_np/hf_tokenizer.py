@@ -469,15 +469,17 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _add_tokens(self, tokens: list[Any], special: bool) -> int:
         library = require("tokenizers", extra="hf")
-        made = []
-        for token in (AddedToken.of(t, special=special) for t in tokens):
+        known = {token.content for token in self._added.values()}
+        new = [t for t in tokens if not (isinstance(t, str) and t in known)]
+        made, size = [], len(self)
+        for token in (AddedToken.of(t, special=special) for t in new):
             made.append(
                 library.AddedToken(**{**asdict(token), "special": token.special or special})
             )
         add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
-        count = int(add(made))
+        add(made)
         self._added = self.added_tokens_decoder
-        return count
+        return len(self) - size
 
     def _token_to_id(self, token: str) -> Any:
         index = self._tokenizer.token_to_id(token)

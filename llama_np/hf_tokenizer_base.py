@@ -700,9 +700,9 @@ class LlamaTokenizerBase:
             files = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
             found = {key: folder / file for key, file in files.items() if (folder / file).exists()}
             saved = cls._saved(folder, options)
-        if not found:
-            what = "No tokenizer.model and no tokenizer.json in this folder"
-            raise FileNotFoundError(2, what, str(name))
+        if not found or not (cls.is_fast or "vocab_file" in found):
+            what = "no tokenizer.json" if cls.is_fast else "LlamaTokenizer reads nothing else"
+            raise FileNotFoundError(2, f"No tokenizer.model in this folder; {what}", str(name))
         return cls(**{**found, **saved, "name_or_path": str(name)})
 
     @classmethod
