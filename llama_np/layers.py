@@ -49,7 +49,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Turn channel pair (j, j + H/2) of every head by its position's angle (RoPE)."""
-    first, second = np.split(x, 2, axis=-1)  # (..., H/2) x2
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]  # (..., H/2) x2
     turned = np.concatenate([-second, first], axis=-1)  # (..., H)
     return x * cos + turned * sin
 
