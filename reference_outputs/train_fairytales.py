@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import io
 import json
 import math
 import random
@@ -104,12 +105,13 @@ def split(stories: list[Story]) -> Parts:
     return parts
 
 
-def train_tokenizer(stories: list[Story], vocab_size: int, prefix: Path) -> None:
+def train_tokenizer(stories: list[Story], vocab_size: int, path: Path) -> None:
     """SentencePiece BPE with LLaMA's settings; newlines become the byte piece <0x0A>."""
+    model = io.BytesIO()  # given a path, the library would store it in the model
     lines = (line for story in stories for line in story.text.split("\n") if line)
     spm.SentencePieceTrainer.train(
         sentence_iterator=lines,
-        model_prefix=str(prefix),
+        model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         character_coverage=0.99995,
@@ -128,7 +130,7 @@ def train_tokenizer(stories: list[Story], vocab_size: int, prefix: Path) -> None
         num_threads=1,
         minloglevel=2,
     )
-    prefix.with_suffix(".vocab").unlink()
+    path.write_bytes(model.getvalue())
 
 
 def encode(tokenizer: spm.SentencePieceProcessor, text: str, dropout: float = 0.0) -> list[int]:
@@ -860,7 +862,7 @@ def main() -> None:
     recipe = changed(Recipe(), args.set)
     args.output.mkdir(parents=True, exist_ok=True)
     parts = split(read_stories(args.corpus))
-    train_tokenizer(parts[0], recipe.vocab_size, args.output / "tokenizer")
+    train_tokenizer(parts[0], recipe.vocab_size, args.output / "tokenizer.model")
     tokenizer = spm.SentencePieceProcessor(str(args.output / "tokenizer.model"))
     write_configs(args.output, recipe)
     torch.manual_seed(recipe.seed)
