@@ -82,13 +82,14 @@ def convert(
     tensors = _checked_tensors(model, config, Path(source), dtype)
     if to != "hf" and tensors.pop("score.weight", None) is not None:
         warnings.warn("the classification head is left out: this format lacks one", stacklevel=2)
+    files = _small_files(model)
     steps = _Steps(progress, len(tensors))
     if to == "hf":
-        _write_hugging_face(Path(out), config, model, tensors, shard_bytes, overwrite, steps)
+        _write_hugging_face(Path(out), config, files, tensors, shard_bytes, overwrite, steps)
     elif to == "meta":
-        _write_meta(Path(out), config, model, tensors, shards, overwrite, steps)
+        _write_meta(Path(out), config, files, tensors, shards, overwrite, steps)
     else:
-        _write_llama2c(Path(out), config, model, tensors, version, overwrite, steps)
+        _write_llama2c(Path(out), config, files, tensors, version, overwrite, steps)
 
 
 class _Steps:
@@ -100,6 +101,15 @@ class _Steps:
     def __call__(self) -> None:
         self.done += 1
         self.show(min(self.done, self.total), self.total)
+
+
+def _small_files(model: Source) -> dict[str, bytes]:
+    """The tokenizer's files, read before the long work begins."""
+    try:
+        return model.files()
+    except FileNotFoundError as problem:
+        warnings.warn(f"converted without a tokenizer: {problem}", stacklevel=3)
+        return {}
 
 
 def _checked_tensors(
@@ -248,7 +258,7 @@ def _torch_dtype(tensors: Mapping[str, Stored]) -> str:
 def _write_hugging_face(
     out: Path,
     config: Config,
-    model: Source,
+    files: Mapping[str, bytes],
     tensors: dict[str, Stored],
     shard_bytes: int,
     overwrite: bool,
@@ -263,7 +273,7 @@ def _write_hugging_face(
             ]
         for name, part in zip(names, parts, strict=True):
             save_tensors(folder / name, part, progress=progress)
-        for name, content in model.files().items():
+        for name, content in files.items():
             write_atomically(folder / name, content)
         if len(parts) > 1:
             _write_json(folder / "model.safetensors.index.json", _index(names, parts))
@@ -310,7 +320,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _write_meta(
     out: Path,
     config: Config,
-    model: Source,
+    files: Mapping[str, bytes],
     tensors: dict[str, Stored],
     shards: int,
     overwrite: bool,
@@ -325,7 +335,7 @@ def _write_meta(
     with atomic_folder(out, overwrite) as folder:
         for number, part in enumerate(parts):
             write_torch(folder / f"consolidated.{number:02d}.pth", part, progress=progress)
-        for name, content in model.files().items():
+        for name, content in files.items():
             if name in ("tokenizer.model", "tokenizer.json"):
                 write_atomically(folder / name, content)
         _write_json(folder / "params.json", params)
@@ -334,14 +344,14 @@ def _write_meta(
 def _write_llama2c(
     out: Path,
     config: Config,
-    model: Source,
+    files: Mapping[str, bytes],
     tensors: dict[str, Stored],
     version: int,
     overwrite: bool,
     progress: Callable[[], None],
 ) -> None:
     """model.bin, and beside it tokenizer.bin if there is a SentencePiece vocabulary."""
-    vocabulary = model.files().get("tokenizer.model")
+    vocabulary = files.get("tokenizer.model")
     beside = out.with_name("tokenizer.bin")
     if vocabulary is not None and beside.exists() and not overwrite:
         raise FileExistsError(17, "file exists", str(beside))

@@ -32,8 +32,9 @@ def meta_folder(
     weights = random_meta_model(params, HIDDEN, VOCABULARY, seed)
     for number, shard in enumerate(shards_of(weights, shards)):
         if dtype is np.uint16:
-            shard = {name: to_bf16(array) for name, array in shard.items()}
-        content = torch_file({n: a.astype(dtype, copy=False) for n, a in shard.items()})
+            content = torch_file({name: to_bf16(array) for name, array in shard.items()})
+        else:
+            content = torch_file({n: a.astype(dtype, copy=False) for n, a in shard.items()})
         (path / f"consolidated.{number:02d}.pth").write_bytes(content)
     (path / "params.json").write_text(json.dumps(params))
     return weights
@@ -140,7 +141,7 @@ def test_params_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     meta_folder(tmp_path / "meta", PARAMS, 4)
     (tmp_path / "meta" / "consolidated.01.pth").unlink()
-    with pytest.raises(FileNotFoundError, match="consolidated.01.pth"):
+    with pytest.raises(FileNotFoundError, match=r"consolidated\.01\.pth"):
         convert(tmp_path / "meta", tmp_path / "hf")
 
 
