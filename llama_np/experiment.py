@@ -409,7 +409,9 @@ def honest_runs(run: Run) -> list[Run]:
 
 
 def error(mine: np.ndarray, gold: np.ndarray) -> float:
-    """||mine - gold|| / ||gold||; NaN anywhere gives infinity, two empty arrays give 0."""
+    """||mine - gold|| / ||gold||; infinity for NaN and for different shapes."""
+    if mine.shape != gold.shape:
+        return float("inf")
     with np.errstate(all="ignore"):
         difference = np.linalg.norm((mine - gold).ravel())
         size = np.linalg.norm(gold.ravel())

@@ -1,0 +1,506 @@
+"""Which known mistake makes a dump differ from the truth?
+
+Every mistake of the catalogue is put into the model, one at a time and then in pairs. A mistake
+is accepted only if every array that the dump covers comes down to what honest runs of the
+*mistaken* model get wrong: a mistaken model can amplify rounding many times.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from llama_np.experiment import (
+    PEAK,
+    PRECISIONS,
+    Enough,
+    Run,
+    axes_of,
+    error,
+    evaluate,
+    noise,
+    one_call,
+    peak,
+    row_axis,
+)
+from llama_np.mistakes import CATALOGUE, Mistake, variants
+from llama_np.ports import Dump, Port, read_port, views
+from llama_np.trace import Golden, Model, in_order, load_golden, open_model, run_of, same_weights
+from llama_np.verify import (
+    FAIL,
+    FLOOR,
+    HOPELESS,
+    SAME,
+    Report,
+    cleaned,
+    compare,
+    greedy_finding,
+    hint,
+    topk_finding,
+)
+
+BETTER = 0.5  # a mistake must at least halve the error of everything that fails
+CLEARLY = 2.0  # the best explanation must be this much closer than a different one
+FIRST_OF_PAIR = 12  # how many single mistakes the search for pairs starts from
+PAIR_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A mistake that brings every covered array down to its yardstick."""
+
+    mistake: str
+    residual: float
+    yardstick: float
+    advice: str
+    cause: str = ""
+    threads: tuple[str, ...] = ()
+    together_with: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is wrong with a port, as far as the catalogue knows; `str` of it is for people."""
+
+    verdict: str
+    causes: tuple[Cause, ...]
+    report: Report
+    ruled_out: tuple[str, ...] = ()
+    closest: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The explanation as JSON-ready data."""
+        return {
+            "verdict": self.verdict,
+            "causes": [
+                {
+                    "mistake": c.mistake,
+                    "residual": c.residual,
+                    "yardstick": c.yardstick,
+                    "advice": c.advice,
+                    "cause": c.cause,
+                    "threads": list(c.threads),
+                    **({"together_with": c.together_with} if c.together_with else {}),
+                }
+                for c in self.causes
+            ],
+            "first_divergence": self.report.as_dict()["first_divergence"],
+            "precision": self.report.precision,
+            "ruled_out": list(self.ruled_out),
+            "closest": list(self.closest),
+            "not_decidable_here": list(self.hidden),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(found: Explanation) -> Iterator[str]:
+    first = found.report.first_divergence
+    if first is not None:
+        yield f"first divergence: {first.tensor}, position {first.position}: {hint(found.report)}"
+    for c in found.causes:
+        pair = f" (together with {c.together_with})" if c.together_with else ""
+        yield f"{c.mistake}{pair}: residual {c.residual:.1e}, yardstick {c.yardstick:.1e}"
+        yield f"  {c.cause}"
+        yield f"  -> {c.advice}"
+        if c.threads:
+            yield f"  seen in {', '.join(c.threads)}"
+    if found.verdict == "unexplained":
+        yield f"ruled out: {len(found.ruled_out)} known mistakes; closest: {found.closest}"
+    if found.hidden:
+        yield f"cannot be told from {found.report.precision} rounding: {', '.join(found.hidden)}"
+    yield from found.notes
+    yield f"verdict: {found.verdict}"
+
+
+Target = tuple[slice, np.ndarray, str]  # rows of the truth, cleaned values, layout
+
+
+@dataclass
+class Evidence:
+    """What a port shows, prepared for being compared with many hypotheses."""
+
+    golden: Golden
+    port: Port
+    report: Report
+    names: list[str] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
+    base: dict[str, float] = field(default_factory=dict)
+    ready: dict[tuple[int, int, bool], dict[str, list[Target]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = {f.tensor: f for f in self.report.findings if f.tensor in self.port.arrays}
+        self.names = in_order(found, self.golden.config)
+        self.before = {name: found[name].error for name in self.names}
+        self.base = {name: found[name].yardstick for name in self.names}
+        self.labels = {name: found[name].label for name in self.names}
+        self.same = {name for name in self.names if found[name].status == SAME}
+        head = self.golden.yardsticks.get("lm_head", {}).get(self.port.precision, FLOOR)
+        self.base.setdefault("lm_head", max(head, FLOOR))
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The arrays that a hypothesis must compute."""
+        extra = self.port.topk is not None or self.port.greedy is not None or not self.names
+        return frozenset([*self.names, *(["lm_head"] if extra else [])])
+
+    def targets(self, run: Run) -> dict[str, list[Target]]:
+        """The port's arrays in the axes of this run, in all readings."""
+        rows = run.tokens.shape[1] if run.rows is None else len(run.rows)
+        key = (rows, run.prompt, run.rows is None)
+        if key not in self.ready:
+            self.ready[key] = {n: list(self._targets(n, run, rows)) for n in self.names
+                               if run.rows is None or axes_of(n)[-1] != "S"}  # fmt: skip
+        return self.ready[key]
+
+    def _targets(self, name: str, run: Run, rows: int) -> Iterator[Target]:
+        tokens, positions, calls = run.tokens, run.positions, run.calls
+        if run.rows is not None:
+            tokens, positions = tokens[:, run.rows], positions[:, run.rows]
+            calls = (rows,)
+        like = replace(self.golden, tokens=tokens, positions=positions, calls=calls,
+                       prompt=min(run.prompt, rows))  # fmt: skip
+        for array in self.port.arrays[name]:
+            if array.label != self.labels[name]:
+                continue
+            for view in views(name, array, like):
+                n = view.values.shape[row_axis(name)]
+                where = slice(view.start, view.start + n)
+                yield where, cleaned(name, view.values, like, where), view.layout
+
+
+def _part(array: np.ndarray, name: str, rows: slice) -> np.ndarray:
+    return array[(slice(None),) * row_axis(name) + (rows,)]
+
+
+@dataclass
+class Trial:
+    """One hypothesis: which mistakes, as which run, and how well it fits."""
+
+    mistakes: tuple[Mistake, ...]
+    run: Run
+    errors: dict[str, float] = field(default_factory=dict)
+    complete: bool = False
+    truth: dict[str, np.ndarray] = field(default_factory=dict)
+    yardsticks: dict[str, float] = field(default_factory=dict)
+    accepted: bool = False
+    distance: float = float("inf")
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the mistakes."""
+        return tuple(m.id for m in self.mistakes)
+
+
+def explain(
+    golden: Golden | str | os.PathLike[str],
+    port: Dump | Port,
+    model: Model = "fairytales",
+    *,
+    precision: str | None = None,
+    catalogue: Iterable[Mistake] = CATALOGUE,
+    pairs: bool = True,
+) -> Explanation:
+    """Name the mistakes that explain a dump.
+
+    golden, port, precision: as for `verify`; model: the checkpoint that the golden file was
+    recorded from.
+    Errors: ValueError when the weights are not those of the golden file; OSError,
+    CheckpointError for files that cannot be read.
+    """
+    truth = golden if isinstance(golden, Golden) else load_golden(golden)
+    given = port if isinstance(port, Port) else read_port(port, truth.config, precision)
+    _, weights = open_model(model)
+    if not same_weights(truth, weights):
+        raise ValueError("the golden file was recorded from other weights than this model's")
+    report = compare(truth, given)
+    evidence = Evidence(truth, given, report)
+    base, notes = _base_run(truth, given, run_of(truth, weights))
+    mistakes = tuple(catalogue)
+    if report.verdict != FAIL:
+        return Explanation("clean", (), report, hidden=_hidden(evidence, base, mistakes))
+    trials = [_try(evidence, (m,), run) for m in mistakes for run in variants(m, base)]
+    ids = _TOKENS_DIFFER if notes else None
+    if ids is not None:
+        trials.append(_try(evidence, (ids,), base))
+    accepted = _accepted(evidence, trials)
+    if not accepted and pairs:
+        accepted = _accepted(evidence, _pairs(evidence, trials, mistakes))
+    return _conclude(evidence, accepted, trials, notes)
+
+
+_TOKENS_DIFFER = Mistake(
+    "token_ids",
+    "The port fed other token ids; with those, all its numbers are right.",
+    "Compare the tokenizers: special tokens, prefix space, pre-tokenizer, merges.",
+    ("ggml-org/llama.cpp#6914", "huggingface/transformers#25224"),
+    (),
+)
+
+
+def _base_run(golden: Golden, port: Port, run: Run) -> tuple[Run, tuple[str, ...]]:
+    """The run to vary: with the port's own tokens where it fed others."""
+    mine = port.tokens
+    if mine is None or mine.shape[0] != len(run.tokens) or mine.shape[1] != run.tokens.shape[1]:
+        return run, ()
+    real = golden.positions >= 0
+    if (mine == golden.tokens)[real].all() or not port.arrays:
+        return run, ()
+    if mine.min() < 0 or mine.max() >= golden.config.vocab_size:
+        return run, ("the dump's token ids are outside the vocabulary",)
+    where = int(np.argwhere(mine != golden.tokens)[0][1])
+    note = f"the port fed other token ids from position {where} on; its own were used here"
+    return replace(run, tokens=np.where(real, mine, golden.tokens)), (note,)
+
+
+def _with_port_tokens(run: Run, port: Port) -> Run | None:
+    """A run with the port's own decoded tokens, or None if its prompt is another."""
+    mine = port.tokens
+    if mine is None or not port.arrays or run.rows is not None:
+        return run
+    if mine.shape != run.tokens.shape:
+        return None if len(run.tokens) == 1 and mine.shape[1] > run.prompt else run
+    P = run.prompt
+    real = run.positions[:, :P] >= 0
+    if not (mine[:, :P] == run.tokens[:, :P])[real].all() or mine.min() < 0:
+        return None
+    if mine.max() >= run.config.vocab_size:
+        return None
+    return replace(run, tokens=np.concatenate([run.tokens[:, :P], mine[:, P:]], axis=1))
+
+
+def _try(evidence: Evidence, mistakes: tuple[Mistake, ...], run: Run) -> Trial:
+    """Compare the port with the model that has these mistakes, until it clearly does not fit."""
+    own = _with_port_tokens(run, evidence.port)
+    trial = Trial(mistakes, run if own is None else own)
+    if own is None:
+        return trial
+    targets = evidence.targets(trial.run)
+    if not all(targets.values()):
+        return trial
+
+    def watch(name: str, array: np.ndarray) -> None:
+        trial.truth[name] = array
+        if name not in targets:
+            return
+        size = min(error(mine, _part(array, name, rows)) for rows, mine, _ in targets[name])
+        trial.errors[name] = size
+        if _hopeless(size, evidence.base[name], evidence.before[name], name in evidence.same):
+            raise Enough
+
+    single = one_call(trial.run)
+    try:
+        trace, _ = evaluate(single, names=evidence.wanted, watch=watch)
+        if len(single.calls) > 1:  # a run call by call cannot be watched
+            for name in in_order(trace, evidence.golden.config):
+                watch(name, trace[name])
+    except Enough:
+        return trial
+    trial.complete = True
+    _compare_heads(evidence, trial)
+    return trial
+
+
+def _hopeless(size: float, yardstick: float, before: float, excused: bool) -> bool:
+    """Whether an error rules a hypothesis out before its own yardstick is known."""
+    if excused:
+        return False
+    return size > 300 * yardstick or (size > 10 * yardstick and size > BETTER * before)
+
+
+def _compare_heads(evidence: Evidence, trial: Trial) -> None:
+    """Log-probabilities and token ids are compared with the hypothesis' logits."""
+    if "lm_head" not in trial.truth:
+        return
+    size = _head_error(evidence, trial, evidence.base["lm_head"])[0]
+    if size is not None:
+        trial.errors["lm_head"] = max(trial.errors.get("lm_head", 0.0), size)
+
+
+def _head_error(
+    evidence: Evidence, trial: Trial, yardstick: float
+) -> tuple[float | None, bool]:
+    """Error of what the port says about the next tokens, and whether it is within limits."""
+    logits, port = trial.truth["lm_head"], evidence.port
+    findings = []
+    if port.topk is not None:
+        golden = replace(evidence.golden, prompt=trial.run.prompt)
+        findings.append(topk_finding(logits[0], port.topk, golden, yardstick))
+    if port.greedy is not None:
+        findings.append(greedy_finding(logits, port.greedy, yardstick))
+    if not port.arrays and port.tokens is not None and port.topk is None:
+        T, P = trial.run.tokens.shape[1], trial.run.prompt
+        if port.tokens.shape[1] == T and T > P:
+            chosen = port.tokens[:, P:]
+            findings.append(greedy_finding(logits[:, P - 1 : T - 1], chosen, yardstick))
+    if not findings:
+        return None, True
+    return max(f.error for f in findings), all(f.status != FAIL for f in findings)
+
+
+def _accepted(evidence: Evidence, trials: Iterable[Trial]) -> list[Trial]:
+    """The hypotheses that bring everything down to their own yardsticks, the closest first."""
+    precision = PRECISIONS[evidence.port.precision]
+    good = []
+    for trial in trials:
+        if not trial.complete:
+            continue
+        trial.yardsticks = noise(one_call(trial.run), trial.truth, precision)
+        if _fits(evidence, trial):
+            trial.accepted = True
+            good.append(trial)
+    return sorted(good, key=lambda trial: trial.distance)
+
+
+def _fits(evidence: Evidence, trial: Trial) -> bool:
+    targets, ratios = evidence.targets(trial.run), []
+    for name in targets:
+        yardstick = max(trial.yardsticks[name], FLOOR)
+        gold = trial.truth[name]
+        readings = [(error(mine, _part(gold, name, rows)), peak(mine, _part(gold, name, rows)))
+                    for rows, mine, _ in targets[name]]  # fmt: skip
+        size, highest = min(readings)
+        excused = name in evidence.same
+        if not excused and not (size <= min(4 * yardstick, HOPELESS)
+                                and highest <= 2 * PEAK * yardstick):  # fmt: skip
+            return False
+        if not excused and size > BETTER * evidence.before[name] and size > 4 * evidence.base[name]:
+            return False
+        ratios.append(size / yardstick if not excused else 0.0)
+        trial.errors[name] = size
+    if "lm_head" in trial.truth:
+        yardstick = max(trial.yardsticks["lm_head"], FLOOR)
+        size_of_head, fine = _head_error(evidence, trial, yardstick)
+        if not fine:
+            return False
+        if size_of_head is not None:
+            ratios.append(size_of_head / yardstick)
+    trial.distance = float(np.sqrt(np.mean(np.square(ratios)))) if ratios else float("inf")
+    return bool(ratios)
+
+
+def _pairs(
+    evidence: Evidence, trials: list[Trial], mistakes: tuple[Mistake, ...]
+) -> Iterator[Trial]:
+    """Two mistakes at once: those that explain the longest part of the trace, with all others."""
+    ranked = sorted(trials, key=lambda t: _promise(evidence, t))
+    only_heads = set(evidence.names) <= {"lm_head", "score"}
+    first = ranked if only_heads else ranked[:FIRST_OF_PAIR]
+    deadline = time.monotonic() + PAIR_SECONDS
+    seen: set[frozenset[str]] = set()
+    for number, one in enumerate(first):
+        for two in ranked[number + 1 :]:
+            ids = frozenset([*one.ids, *two.ids])
+            if time.monotonic() > deadline:
+                return
+            if len(ids) < 2 or (only_heads and ids in seen):
+                continue
+            seen.add(ids)
+            yield from _both(evidence, one, two)
+
+
+def _both(evidence: Evidence, one: Trial, two: Trial) -> Iterator[Trial]:
+    """One mistake on top of the other."""
+    for run in variants(two.mistakes[0], one.run):
+        yield _try(evidence, (*one.mistakes, *two.mistakes), run)
+
+
+def _promise(evidence: Evidence, trial: Trial) -> tuple[float, float]:
+    """Sort key: how much of the trace fits before it stops fitting, then the last error."""
+    fits = 0
+    for name in evidence.names:
+        size = trial.errors.get(name, float("inf"))
+        if size > 30 * evidence.base[name]:
+            break
+        fits += 1
+    return -fits, list(trial.errors.values())[-1] if trial.errors else float("inf")
+
+
+def _conclude(
+    evidence: Evidence, accepted: list[Trial], trials: list[Trial], notes: tuple[str, ...]
+) -> Explanation:
+    report = evidence.report
+    ruled = {t.ids[0] for t in trials} - {i for t in accepted for i in t.ids}
+    closest = sorted(trials, key=lambda t: _promise(evidence, t))
+    near = tuple(dict.fromkeys(t.ids[0] for t in closest))[:3]
+    if not accepted:
+        return Explanation("unexplained", (), report, tuple(sorted(ruled)), near, notes=notes)
+    best = accepted[0]
+    rivals = [t for t in accepted[1:] if not _alike(evidence, best, t)]
+    close = [t for t in rivals if t.distance < CLEARLY * max(best.distance, 0.25)]
+    verdict = "undecidable" if close else "explained"
+    chosen = [best, *(t for t in accepted[1:] if t in close or t not in rivals)]
+    causes: dict[str, Cause] = {}
+    for trial in chosen:
+        for cause in _causes(trial):
+            causes.setdefault(cause.mistake, cause)
+    return Explanation(
+        verdict, tuple(causes.values()), report, tuple(sorted(ruled)), notes=notes
+    )
+
+
+def _alike(evidence: Evidence, one: Trial, two: Trial) -> bool:
+    """Whether two hypotheses predict the same numbers, or are forms of the same mistake."""
+    if set(one.ids) == set(two.ids):
+        return True
+    for name in evidence.wanted:
+        a, b = one.truth[name], two.truth[name]
+        if a.shape != b.shape or error(a, b) > max(one.yardsticks[name], FLOOR):
+            return False
+    return True
+
+
+def _causes(trial: Trial) -> Iterator[Cause]:
+    name = max(trial.errors, key=lambda n: trial.errors[n] / max(trial.yardsticks[n], FLOOR))
+    size, yardstick = trial.errors[name], max(trial.yardsticks[name], FLOOR)
+    for mistake in trial.mistakes:
+        others = " and ".join(i for i in trial.ids if i != mistake.id)
+        yield Cause(mistake.id, size, yardstick, mistake.advice, mistake.cause,
+                    mistake.threads, others)  # fmt: skip
+
+
+def _hidden(
+    evidence: Evidence, base: Run, mistakes: tuple[Mistake, ...]
+) -> tuple[str, ...]:
+    """Mistakes whose effect a clean dump could not show in this precision and on this input."""
+    golden = evidence.golden
+    names = frozenset(golden.tensors) & evidence.wanted
+    hidden = []
+    for mistake in mistakes:
+        runs = variants(mistake, base)
+        if runs and all(not visible(run, golden, names, evidence.base) for run in runs):
+            hidden.append(mistake.id)
+    return tuple(hidden)
+
+
+def visible(
+    run: Run, golden: Golden, names: frozenset[str], yardsticks: Mapping[str, float]
+) -> bool:
+    """Whether a changed run would fail verification against the golden file."""
+    shape = (run.tokens.shape[1] if run.rows is None else len(run.rows),)
+    if shape != golden.tokens.shape[1:]:
+        return True  # other tokens show in the number of rows
+
+    def watch(name: str, array: np.ndarray) -> None:
+        if error(array, golden.tensors[name]) > 4 * yardsticks.get(name, FLOOR):
+            raise Enough
+
+    try:
+        trace, _ = evaluate(one_call(run), names=names, watch=watch)
+        if len(one_call(run).calls) > 1:
+            for name in trace:
+                watch(name, trace[name])
+    except Enough:
+        return True
+    return False
+
+
