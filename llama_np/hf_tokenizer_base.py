@@ -29,7 +29,13 @@ from llama_np.hf_encoding import (
     token_from_file,
     truncate,
 )
-from llama_np.tokenizer import MAX_JSON_BYTES, MAX_MODEL_BYTES, check_ids, read_json
+from llama_np.tokenizer import (
+    MAX_JSON_BYTES,
+    MAX_MODEL_BYTES,
+    check_ids,
+    find_chat_template,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -716,6 +722,9 @@ class LlamaTokenizerBase:
         for key in (*NOT_CONSTRUCTOR, "vocab_file", "tokenizer_file"):
             config.pop(key, None)
         config |= {key: value for key, value in options.items() if key not in NOT_CONSTRUCTOR}
+        template = find_chat_template(folder, config)
+        if template is not None and "chat_template" not in options:
+            config["chat_template"] = template
         listed = config.pop("added_tokens_decoder", None)
         if listed is not None:
             added = {int(i): AddedToken.of(token) for i, token in listed.items()}

@@ -25,6 +25,7 @@ from llama_np.errors import CheckpointError, TokenizerError, require
 
 MAX_MODEL_BYTES = 64 << 20  # tokenizer.model and tokenizer.json
 MAX_JSON_BYTES = 4 << 20  # the small files beside them
+MAX_TEMPLATE_BYTES = 1 << 20
 MAX_VOCABULARY = 1 << 24
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -353,7 +354,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._cut = _cut_pattern(self.special_tokens, added)
         self._inside = _inside_pattern(self.special_tokens, backend)
-        self.chat_template = files.chat_template()
+        self.chat_template = find_chat_template(files.folder, files.tokenizer_config)
         self._set_special_ids(files)
 
     def _set_special_ids(self, files: _Files) -> None:
@@ -566,7 +567,7 @@ class _Files:
         read: Callable[[str], dict[str, Any]] = (
             (lambda name: read_json(folder / name)) if folder else (lambda name: {})
         )
-        self._folder, self._spec = folder, spec
+        self.folder, self._spec = folder, spec
         self.tokenizer_config = read("tokenizer_config.json")
         self._special_map = read("special_tokens_map.json")
         self._added = read("added_tokens.json")
@@ -587,7 +588,7 @@ class _Files:
             return check_ids(ids, vocab_size)
         except (TypeError, IndexError) as error:
             raise TokenizerError(
-                f"{str(self._folder)!r}: eos_token_id {value!r}: {error}"
+                f"{str(self.folder)!r}: eos_token_id {value!r}: {error}"
             ) from error
 
     def added_tokens(self) -> dict[int, dict[str, Any]]:
@@ -601,19 +602,20 @@ class _Files:
             tokens = [{"content": name, "id": i} for name, i in self._added.items()]
         for token in tokens:
             if not _is_added_token(token):
-                raise TokenizerError(f"{str(self._folder)!r}: added token {token!r} is malformed")
+                raise TokenizerError(f"{str(self.folder)!r}: added token {token!r} is malformed")
         return {token["id"]: token for token in tokens}
 
-    def chat_template(self) -> str | None:
-        """chat_template.jinja, or the template in tokenizer_config.json (the one named default)."""
-        path = self._folder / "chat_template.jinja" if self._folder else None
-        if path is not None and path.exists():
-            return read_bounded(path, 1 << 20).decode("utf-8", errors="replace")
-        value = self.tokenizer_config.get("chat_template")
-        if isinstance(value, list):
-            named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-            value = named.get("default")
-        return value if isinstance(value, str) else None
+
+def find_chat_template(folder: Path | None, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or the template in tokenizer_config.json (the one named default)."""
+    path = folder / "chat_template.jinja" if folder else None
+    if path is not None and path.exists():
+        return read_bounded(path, MAX_TEMPLATE_BYTES).decode("utf-8", errors="replace")
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
 
 
 def _as_id(text: str) -> int | None:

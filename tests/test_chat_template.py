@@ -180,7 +180,7 @@ PIECES = ["<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<", "s>", "<|", "
 CONTENT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(CONTENT, min_size=1, max_size=4))
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "template"])
 def test_messages_never_make_control_tokens(

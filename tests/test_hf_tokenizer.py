@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("cls", CLASSES.values(), ids=list(CLASSES))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 PIECES = ["<s>", "</s>", "<unk>", " ", "  ", "a", "prince", "é", "😀", "▁", "<", "s>", "\n"]
 TRICKY = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +272,30 @@ def test_keywords_override_the_files(folder: Path, tmp_path: Path) -> None:
     again = LlamaTokenizer.from_pretrained(tmp_path, padding_side="right", bos_token="</s>")
     assert (again.padding_side, again.bos_token_id) == ("right", 2)
     assert LlamaTokenizer.from_pretrained(folder / "tokenizer.model").encode("")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config_json": {"chat_template": "{{ messages | length }}"}},
+        {"chat_template_jinja": "{{ messages | length }}"},
+        {
+            "tokenizer_config_json": {
+                "chat_template": [
+                    {"name": "tool_use", "template": "tools"},
+                    {"name": "default", "template": "{{ messages | length }}"},
+                ]
+            }
+        },
+    ],
+)
+def test_the_checkpoints_chat_template_is_used(
+    folder: Path, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    model = (folder / "tokenizer.model").read_bytes()
+    write_folder(tmp_path, tokenizer_model=model, **files)
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.apply_chat_template([{"content": "a"}] * 3, tokenize=False) == "3"
 
 
 def test_the_bundled_tokenizer_has_a_name() -> None:
