@@ -145,8 +145,7 @@ def _decode(
     run: Run, ids: np.ndarray, embedded: np.ndarray | None, draft: Draft | None
 ) -> Beams | None:
     """Prefill once per prompt, copy the rows if several are wanted, then write."""
-    known = run.session.length
-    new = ids[:, known:] if known < ids.shape[1] else ids[:, -1:]
+    new = ids[:, -run.session.unread() :]
     scores = run.session.feed(None if embedded is not None else new, embedded)[:, -1]
     count = _rows_per_prompt(run.options)
     run.session.repeat(count)

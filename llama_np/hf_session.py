@@ -46,6 +46,12 @@ class Session:
             return self.cache.length
         return 0 if self._embedded is None else self._embedded.shape[1]
 
+    def unread(self) -> int:
+        """How many columns of the mask have not been fed; the last one is fed again if need be."""
+        if self.cache is not None and self.length >= self.mask.shape[1]:
+            self.cache.crop(self.mask.shape[1] - 1)
+        return self.mask.shape[1] - self.length
+
     def feed(
         self, tokens: np.ndarray | None, embedded: np.ndarray | None = None, keep: int = 1
     ) -> np.ndarray:
