@@ -38,7 +38,7 @@ def close(a: Any, b: Any, tolerance: float = 1e-13) -> None:
 
 # Against the formulas, for any parameters
 
-factors = st.floats(1, 64)
+factors = st.floats(0.5, 64)
 lengths = st.integers(8, 10**6)
 
 
@@ -144,7 +144,7 @@ def test_yarn_attention_factors() -> None:
     def factor(**scaling: Any) -> float:
         return rope.attention_factor(rope_config(8, rope_type="yarn", **scaling))
 
-    assert factor(factor=1.0) == 1
+    assert factor(factor=1.0) == factor(factor=0.5) == 1
     close(factor(factor=4.0), 0.1 * math.log(4) + 1)
     assert factor(factor=4.0, attention_factor=0.7) == 0.7
     close(
@@ -162,9 +162,9 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     assert (np.diff(ratio) <= 1e-15).all()
 
 
-@pytest.mark.parametrize("original", [2, 4, 10**9])
-def test_yarn_with_an_absurd_length_is_what_transformers_computes(original: int) -> None:
-    """Its range of pairs ends before it starts, and the ramp runs backwards."""
+@pytest.mark.parametrize("original", [2, 4, 4096, 10**9])
+def test_yarn_with_an_unusual_length_is_what_transformers_computes(original: int) -> None:
+    """Its range of pairs ends before it starts, so the ramp runs backwards; or beyond them."""
     config = rope_config(
         8, 100.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=original
     )
