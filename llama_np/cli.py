@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_np import __version__, cli_chat
+from llama_np import __version__, cli_chat, cli_convert
 from llama_np.terminal import Progress, note, visible, write
 
 
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_explore(commands)
     cli_chat.add_commands(commands, add_generation_options)
+    cli_convert.add_commands(commands)
     return parser
 
 
@@ -112,6 +113,8 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is done")
+    parser.add_argument("--save-cache", metavar="FILE", help="keep the computed prompt")
+    parser.add_argument("--load-cache", metavar="FILE", help="begin with a computed prompt")
     parser.add_argument("-q", "--quiet", action="store_true", help="no statistics")
     parser.set_defaults(run=run_generate)
 
@@ -122,6 +125,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--logprobs needs --json")
     if args.prompts is not None and args.prompt is not None:
         raise ValueError("give a prompt or --prompts FILE, not both")
+    if args.prompts is not None and (args.save_cache or args.load_cache):
+        raise ValueError("--save-cache and --load-cache need a single prompt")
     prompts = _read_prompts(args)
     started = time.perf_counter()
     session = Session(args)
@@ -170,13 +175,12 @@ class Session:
         check_vocabulary(self.tokenizer, self.config.vocab_size)
         self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
 
-    def tokens(self, prompts: list[str]) -> tuple[list[list[int]], Iterator[Any]]:
-        """The encoded prompts, and the tokens that the model continues them with."""
+    def tokens(self, ids: list[list[int]], cache: Any = None) -> Iterator[Any]:
+        """The tokens that the model continues the encoded prompts with."""
         from llama_np.generate import stream
 
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         stops = {*self.config.eos_token_id, *self.tokenizer.eos_ids}
-        return ids, stream(
+        return stream(
             ids,
             self.weights,
             self.config,
@@ -187,16 +191,45 @@ class Session:
             stop_strings=self.args.stop,
             tokenizer=self.tokenizer,
             logprobs=self.args.logprobs,
+            cache=cache,
         )
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of every prompt."""
+        return [self.tokenizer.encode(prompt) for prompt in prompts]
+
+    def open_cache(self, ids: list[int]) -> Any:
+        """The cache that the prompt starts with: loaded, new if it is to be saved, or none."""
+        from llama_np.cache import KVCache
+        from llama_np.generate import activation_dtype
+        from llama_np.prompt_cache import keep_common_prefix, load_cache
+
+        if self.args.load_cache:
+            cache, cached = load_cache(self.args.load_cache, self.weights, self.config)
+            known = keep_common_prefix(cache, cached, ids)
+            note(f"{known} of {len(ids)} prompt tokens were computed before")
+            return cache
+        if self.args.save_cache:
+            return KVCache(self.config, dtype=activation_dtype(self.weights))
+        return None
+
+    def save_cache(self, cache: Any, ids: list[int]) -> None:
+        """Keep the computed prompt, if that is wanted."""
+        from llama_np.prompt_cache import save_cache
+
+        if self.args.save_cache:
+            cache.crop(len(ids))
+            save_cache(self.args.save_cache, cache, ids, self.weights, self.config)
 
     def run_single(self, prompt: str, loaded: float) -> int:
         """One prompt: show the text as it appears, or one JSON object."""
         args = self.args
-        clock = Clock(loaded)
-        (ids,), tokens = self.tokens([prompt])
+        (ids,) = self.encode([prompt])
+        cache = self.open_cache(ids)
         result = new_result(ids, self.seed)
+        clock = Clock(loaded)
         try:
-            for token in tokens:
+            for token in self.tokens([ids], cache):
                 clock.tick()
                 add_to_result(result, token)
                 if not (args.json or args.no_stream):
@@ -204,6 +237,7 @@ class Session:
         except KeyboardInterrupt:
             write("\n")
             raise
+        self.save_cache(cache, ids)
         result["timings"] = clock.timings(len(ids), len(result["token_ids"]))
         if args.json:
             write(json.dumps(result, ensure_ascii=False) + "\n")
@@ -216,14 +250,14 @@ class Session:
     def run_batch(self, prompts: list[str]) -> int:
         """Many prompts as one ragged batch: one JSON line each, in the order of the prompts."""
         started = time.perf_counter()
-        ids, tokens = self.tokens(prompts)
+        ids = self.encode(prompts)
         results = [
             {"prompt": prompt} | new_result(row, self.seed + i)
             for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
         ]
         progress = Progress("prompts", len(prompts))
         printed = 0
-        for token in tokens:
+        for token in self.tokens(ids):
             add_to_result(results[token.row], token)
             progress.advance(token.finish_reason is not None)
             while printed < len(results) and results[printed]["finish_reason"]:

@@ -75,6 +75,8 @@ def convert(
     """
     if to not in FORMATS or dtype not in (None, *STORED_AS):
         raise ValueError(f"to = {to!r}, dtype = {dtype!r}: expected {FORMATS}, {(*STORED_AS,)}")
+    if shards < 1 or shard_bytes < 1:
+        raise ValueError(f"shards = {shards}, shard_bytes = {shard_bytes}: expected at least 1")
     model = open_source(source)
     if context is not None:
         model.config["max_position_embeddings"] = context

@@ -13,6 +13,7 @@ from torch_files import torch_file
 
 from llama_np import hidden_states, logits
 from llama_np.checkpoint import load, load_tokenizer, read_folder
+from llama_np.cli import main
 from llama_np.convert import convert
 from llama_np.errors import CheckpointError, ConfigError
 from llama_np.meta import hidden_size_of
@@ -259,3 +260,32 @@ def test_float8_becomes_float32(tmp_path: Path) -> None:
     wide = read_folder(tmp_path / "wide")[name]
     assert wide.dtype == "F32"
     assert np.array_equal(wide.array, tensors[name].widened())
+
+
+def test_the_command_converts_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta_folder(tmp_path / "meta", PARAMS)
+    meta, out = str(tmp_path / "meta"), str(tmp_path / "hf")
+    assert main(["convert", meta, out, "--dtype", "float16", "--context", "99"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"wrote {out}\n"  # no progress line: this is no terminal
+    assert load(out)[0].max_position_embeddings == 99
+    assert main(["convert", meta, out]) == 1
+    assert capsys.readouterr().err.startswith("llama-np: error: folder exists and is not empty")
+    assert main(["convert", meta, out, "--overwrite"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", meta, out, "--to", "onnx"])
+
+
+def test_the_command_leaves_nothing_after_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    meta_folder(tmp_path / "meta", PARAMS)
+    monkeypatch.setattr("llama_np.convert.write_atomically", interrupt)
+    assert main(["convert", str(tmp_path / "meta"), str(tmp_path / "hf")]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]

@@ -213,7 +213,7 @@ def test_loading_and_converting_give_the_same_logits(tmp_path: Path) -> None:
         for name in ("m.gguf", "hf"):
             config, weights = load(tmp_path / name, mmap=mmap)
             found.append(logits(hidden_states(TOKENS, weights, config), weights))
-        assert np.array_equal(*found)
+        assert np.array_equal(found[0], found[1])
     assert load_tokenizer(tmp_path / "hf").encode("a b") == load_tokenizer(
         tmp_path / "m.gguf"
     ).encode("a b")

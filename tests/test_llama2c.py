@@ -230,7 +230,7 @@ def test_the_bundled_model_is_one_that_run_c_computes(tmp_path: Path) -> None:
         config, weights = load(name)
         tokens = np.array([load_tokenizer(name).encode("Once upon a time")])
         found.append(logits(hidden_states(tokens, weights, config), weights))
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_missing_tokenizer_does_not_stop_a_conversion(tmp_path: Path) -> None:

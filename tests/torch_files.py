@@ -38,7 +38,14 @@ class _Tensor:
     """Stands for a torch tensor: pickled as a call of torch._utils._rebuild_tensor_v2."""
 
     def __init__(self, storage: _Storage, offset: int, shape: Any, strides: Any) -> None:
-        self.arguments = (storage, offset, shape, strides, False, collections.OrderedDict())
+        self.arguments: tuple[Any, ...] = (
+            storage,
+            offset,
+            shape,
+            strides,
+            False,
+            collections.OrderedDict(),
+        )
 
     def __reduce__(self) -> Any:
         return sys.modules["torch._utils"].__dict__["_rebuild_tensor_v2"], self.arguments
