@@ -101,6 +101,8 @@ def render(
 
     Errors: ChatTemplateError for anything that the template does wrong or refuses.
     """
+    if not isinstance(template, str):
+        raise ChatTemplateError(f"a template must be a string, found {type(template).__name__}")
     if len(template) > MAX_TEMPLATE:
         raise ChatTemplateError(
             f"a template of {len(template)} characters (at most {MAX_TEMPLATE})"

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_np.errors import TokenizerError
+
 logger = logging.getLogger(__name__)
 
 PADDINGS = ("longest", "max_length", "do_not_pad")
@@ -43,7 +45,8 @@ class AddedToken:
             return cls(token, special=special)
         names = cls.__dataclass_fields__
         if isinstance(token, Mapping):
-            return cls(**{k: v for k, v in token.items() if k in names})
+            flags = {k: bool(v) for k, v in token.items() if k in names and k != "content"}
+            return cls(token["content"], **flags)
         try:
             return cls(**{name: getattr(token, name) for name in names})
         except AttributeError as problem:
@@ -236,8 +239,15 @@ def as_list(value: Any) -> Any:
 
 
 def token_from_file(value: Any) -> Any:
-    """A special token as a file gives it: a string, or a dictionary that becomes an AddedToken."""
-    return AddedToken.of({"special": True, **value}) if isinstance(value, Mapping) else value
+    """A special token as a file gives it: a string, or a dictionary that becomes an AddedToken.
+
+    Errors: TokenizerError.
+    """
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+        return AddedToken.of({"special": True, **value})
+    if not isinstance(value, str | AddedToken):
+        raise TokenizerError(f"a token must be a string or an object with one, found {value!r:.80}")
+    return value
 
 
 def to_plain(value: Any, typed: bool) -> Any:

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 
 from llama_np.chat_template import LLAMA2_SYSTEM_PROMPT, llama2_prompt, render, shield
 from llama_np.checkpoint import locate
+from llama_np.errors import TokenizerError
 from llama_np.hf_encoding import (
     PADDINGS,
     TRUNCATIONS,
@@ -46,10 +48,29 @@ SINGLE_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 SPECIAL_TOKENS = (*SINGLE_TOKENS, "additional_special_tokens")
+TYPES: dict[str, type | UnionType] = {
+    **dict.fromkeys(
+        (
+            "add_bos_token", "add_eos_token", "legacy", "clean_up_tokenization_spaces",
+            "split_special_tokens", "use_default_system_prompt", "from_slow",
+            "spaces_between_special_tokens",
+        ),
+        bool,
+    ),
+    "padding_side": str,
+    "truncation_side": str,
+    "model_max_length": int | float,
+    "max_len": int | float,
+    "pad_token_type_id": int,
+    "sp_model_kwargs": dict,
+    "added_tokens_decoder": dict,
+    "additional_special_tokens": list,
+    "model_input_names": list,
+}  # fmt: skip
 # Entries of tokenizer_config.json, and keywords of from_pretrained, that no constructor takes.
 NOT_CONSTRUCTOR = {
     "tokenizer_class", "token", "revision", "cache_dir", "local_files_only", "force_download",
-    "subfolder", "trust_remote_code", "use_fast", "init_inputs", "auto_map",
+    "subfolder", "trust_remote_code", "use_fast", "init_inputs", "auto_map", "tokenizer_object",
 }  # fmt: skip
 
 
@@ -719,15 +740,15 @@ class LlamaTokenizerBase:
             return read_json(folder / name, limit) if folder else {}
 
         config = read("tokenizer_config.json")
+        _check_types(config, f"{str(folder)!r}: tokenizer_config.json")
         for key in (*NOT_CONSTRUCTOR, "vocab_file", "tokenizer_file"):
             config.pop(key, None)
         config |= {key: value for key, value in options.items() if key not in NOT_CONSTRUCTOR}
-        template = find_chat_template(folder, config)
-        if template is not None and "chat_template" not in options:
-            config["chat_template"] = template
+        template = options.get("chat_template") or find_chat_template(folder, config)
+        config |= {"chat_template": template} if "chat_template" in config or template else {}
         listed = config.pop("added_tokens_decoder", None)
         if listed is not None:
-            added = {int(i): AddedToken.of(token) for i, token in listed.items()}
+            added = {int(i): _added_token(token) for i, token in listed.items()}
         else:
             given = read("special_tokens_map.json")
             config |= {key: value for key, value in given.items() if not options.get(key)}
@@ -809,8 +830,21 @@ def _old_added_tokens(
     named = [config[key] for key in SINGLE_TOKENS if config.get(key)]
     named += config.get("additional_special_tokens") or []
     special = {str(token_from_file(token)) for token in named}
-    added = {i: AddedToken(name, special=name in special) for name, i in added_tokens.items()}
-    return added | {token["id"]: AddedToken.of(token) for token in json_tokens}
+    added = {int(i): AddedToken(name, special=name in special) for name, i in added_tokens.items()}
+    return added | {int(token["id"]): _added_token(token) for token in json_tokens}
+
+
+def _added_token(value: Any) -> AddedToken:
+    token_from_file(value)  # checks it; but what a file does not call special is not special here
+    return AddedToken.of(value)
+
+
+def _check_types(config: dict[str, Any], name: str) -> None:
+    """Refuse a value of tokenizer_config.json that would fail later, far from here."""
+    for key, kind in TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise TokenizerError(f"{name}: {key} is {value!r:.80}, expected {kind}")
 
 
 def _write_json(path: Path, value: Any) -> None:
