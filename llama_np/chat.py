@@ -11,6 +11,7 @@ from llama_np.chat_template import encode_chat, llama2_prompt, llama3_prompt, sh
 from llama_np.config import Config
 from llama_np.generate import Token, activation_dtype, stream
 from llama_np.model import ModelWeights
+from llama_np.prompt_cache import keep_common_prefix
 from llama_np.sampling import Sampling
 from llama_np.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class Chat:
         self.messages = [m for m in self.messages if m["role"] == "system"]
 
     def _stream(self, ids: list[int]) -> Iterator[Token]:
-        self.reused = self._keep_common_prefix(ids)
+        self.reused = keep_common_prefix(self.cache, self.cached_ids, ids)
         reply, produced = "", []
         options: dict[str, Any] = {
             "max_new_tokens": self.max_tokens,
@@ -106,15 +107,6 @@ class Chat:
             self.cached_ids = known[: self.cache.length]
             self.cache.crop(len(self.cached_ids))
             self.messages.append({"role": "assistant", "content": reply})
-
-    def _keep_common_prefix(self, ids: list[int]) -> int:
-        """Crop the cache to what it shares with the new prompt; returns how much that is."""
-        pairs = zip(self.cached_ids, ids[:-1], strict=False)
-        common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
-        if common is None:
-            common = min(len(self.cached_ids), len(ids) - 1)
-        self.cache.crop(common)
-        return common
 
     def _fitting_ids(self) -> list[int]:
         """The prompt, after forgetting the oldest turns that do not fit into the context."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_tokenize(commands)
     _add_classify(commands)
+    _add_score(commands)
     _add_inspect(commands)
     _add_explore(commands)
     cli_chat.add_commands(commands, add_generation_options)
@@ -391,6 +393,40 @@ def run_classify(args: argparse.Namespace) -> int:
     else:
         ranked = sorted(chances.items(), key=lambda item: -item[1])
         write("".join(f"{chance:6.1%}  {label}\n" for label, chance in ranked))
+    return 0
+
+
+def _add_score(commands: Any) -> None:
+    parser = commands.add_parser("score", help="how likely the lines of a file are")
+    parser.add_argument("file", help="'-': read standard input")
+    add_model_options(parser)
+    parser.set_defaults(run=run_score)
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """`llama-np score`: one JSON line per line of text."""
+    from llama_np.checkpoint import load_tokenizer
+    from llama_np.perplexity import score
+
+    source = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    texts = [line for line in source.decode("utf-8").splitlines() if line]
+    config, weights = load_model(args)
+    tokenizer = load_tokenizer(args.model)
+    rows = [tokenizer.encode(text) for text in texts]
+    found = score(rows, weights, config)
+    for text, result in zip(texts, found, strict=True):
+        perplexity = result.perplexity if result.token_count else None
+        line = {
+            "text": text,
+            "log_likelihood": result.log_likelihood,
+            "tokens": result.token_count,
+            "perplexity": perplexity,
+        }
+        write(json.dumps(line, ensure_ascii=False) + "\n")
+    total = sum(result.log_likelihood for result in found)
+    count = sum(result.token_count for result in found)
+    if count:
+        note(f"{len(texts)} lines, {count} tokens, perplexity {math.exp(-total / count):.3f}")
     return 0
 
 

@@ -13,7 +13,7 @@ SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
 
 def arrays(M: int, out: int, width: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(M + 31 * out + 997 * width)
-    weight = random.standard_normal((out, width)).astype(dtype)
+    weight: np.ndarray = random.standard_normal((out, width)).astype(dtype)
     return random.standard_normal((M, width)).astype(dtype), weight
 
 
@@ -63,7 +63,7 @@ def test_inputs_are_never_changed() -> None:
 
 
 def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> None:
-    weight = np.ones((4, 4), np.float32)
+    weight: np.ndarray = np.ones((4, 4), np.float32)
     assert [strategy(M, weight) for M in (1, 8, 100)] == [times] * 3
     assert {strategy(M, weight) for M in FEW} == {times_few}
     assert strategy(1, to_bf16(weight)) is times_bf16

@@ -29,6 +29,7 @@ LEVELS = [
     "gguf_model layers llama2c",
     "checkpoint model sampling tiktoken_model",
     "experiment generate inspection losses meta",
+    "perplexity prompt_cache",
     "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
     "chat convert explore hf_speculate hf_tokenizer trace",
     "cli_chat cli_convert hf_generate ports",
