@@ -1,0 +1,275 @@
+"""Every op of a port recomputed from the port's own inputs.
+
+The model runs once in float64, and wherever the dump has an array, that array takes the place of
+the computed one after the two were compared. Errors cannot accumulate, so limits are strict and
+every faulty op shows, not only the first. Between captured points the interval is compared as
+one op, named by its output.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from llama_np.config import Config
+from llama_np.experiment import (
+    AXES,
+    FLOAT64,
+    PRECISIONS,
+    Op,
+    Place,
+    Precision,
+    Run,
+    error,
+    evaluate,
+    full_name,
+    honest_runs,
+    one_call,
+    plain_run,
+    row_axis,
+    split_name,
+)
+from llama_np.ports import ROTARY, Dump, Port, View, read_port, views
+from llama_np.trace import Golden, Model, in_order, load_golden, open_model, texts_as_rows
+from llama_np.verify import FAIL, PASS, cleaned
+
+STRICT = 2e-6  # one float32 op against float64, whatever the depth and the data
+SLACK = 2.0  # an op may be twice as far off as an honest one
+SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions that are tried
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An op whose output does not follow from its inputs. position: the first wrong row."""
+
+    op: str
+    error: float
+    limit: float
+    position: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The outcome of a replay; `str` of it is for people."""
+
+    verdict: str
+    faulty: tuple[Fault, ...]
+    precision: str
+    checked: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as JSON-ready data."""
+        return {
+            "verdict": self.verdict,
+            "faulty": [_brief(f) for f in self.faulty],
+            "precision": self.precision,
+            "checked": [_brief(f) for f in self.checked],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'op':44} {'error':>9} {'limit':>9}"]
+        for f in self.faulty:
+            lines.append(f"{f.op:44} {f.error:9.2e} {f.limit:9.2e}  {_where(f)}")
+        lines += [f"! {note}" for note in self.notes]
+        lines.append(f"{len(self.checked)} ops recomputed as {self.precision}, "
+                     f"{len(self.faulty)} faulty")  # fmt: skip
+        return "\n".join([*lines, f"verdict: {self.verdict}"])
+
+
+def _where(fault: Fault) -> str:
+    return fault.reason or f"from position {fault.position}"
+
+
+def _brief(fault: Fault) -> dict[str, Any]:
+    size = fault.error if np.isfinite(fault.error) else None
+    brief = {"op": fault.op, "error": size, "limit": fault.limit, "position": fault.position}
+    return brief | ({"reason": fault.reason} if fault.reason else {})
+
+
+def replay(
+    port: Dump | Port,
+    model: Model = "fairytales",
+    *,
+    golden: Golden | str | os.PathLike[str] | None = None,
+    precision: str | None = None,
+) -> Replayed:
+    """Check every op of a dump on the dump's own inputs.
+
+    The dump should hold `input_ids`; otherwise the golden file's are taken if one is given, or
+    the captured embedding is where the check begins.
+    Errors: ValueError when nothing says how many tokens there are; OSError, CheckpointError for
+    files that cannot be read.
+    """
+    config, weights = open_model(model)
+    given = port if isinstance(port, Port) else read_port(port, config, precision)
+    truth = load_golden(golden) if isinstance(golden, str | os.PathLike) else golden
+    like = _like(given, config, truth)
+    run = plain_run(config, weights, like.tokens, like.positions, like.calls, like.prompt)
+    best: Replayed | None = None
+    for interleaved in (False, True):
+        result = _replayed(given, run, like, interleaved)
+        if best is None or len(result.faulty) < len(best.faulty):
+            best = result
+        if not best.faulty:
+            break
+    assert best is not None
+    return _unless_shifted(best, given, run, like)
+
+
+def _like(port: Port, config: Config, truth: Golden | None) -> Golden:
+    """Tokens and positions in the form that reading a dump needs; no values."""
+    if truth is not None and port.tokens is None:
+        return replace(truth, tensors={}, yardsticks={})
+    if port.tokens is not None:
+        tokens, positions = texts_as_rows(port.tokens)
+        if truth is not None and truth.tokens.shape == tokens.shape:
+            positions = truth.positions
+    elif "model.embed_tokens" in port.arrays:
+        rows = port.arrays["model.embed_tokens"][0].values.size // config.hidden_size
+        tokens, positions = texts_as_rows(np.zeros((1, max(rows, 1)), np.int64))
+    else:
+        raise ValueError("the dump holds neither input_ids nor model.embed_tokens")
+    if tokens.max() >= config.vocab_size:
+        raise ValueError(f"token id {tokens.max()} is outside the vocabulary")
+    T = tokens.shape[1]
+    return Golden({}, {}, tokens, positions, (T,), T, config)
+
+
+@dataclass
+class _Pass:
+    """One run of the model over the port's arrays."""
+
+    port: Port
+    like: Golden
+    interleaved: bool
+    computed: dict[str, np.ndarray] = field(default_factory=dict)
+    captured: dict[str, tuple[slice, np.ndarray]] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, View] = field(default_factory=dict)
+
+    def ops(self, precision: Precision) -> dict[str, Op]:
+        """Every named array compared with the port's and replaced by it."""
+
+        def op(local: str) -> Op:
+            def take(array: np.ndarray, place: Place) -> np.ndarray:
+                name = full_name(place.layer, local)
+                return self._taken(name, precision.rounded(array))
+
+            return take
+
+        return {local: op(local) for local in AXES}
+
+    def _taken(self, name: str, array: np.ndarray) -> np.ndarray:
+        view = self.chosen.get(name) or self._choose(name, array)
+        if view is None:
+            return array
+        n = view.values.shape[row_axis(name)]
+        rows = slice(view.start, view.start + n)
+        index = (slice(None),) * row_axis(name) + (rows,)
+        mine = cleaned(name, view.values, self.like, rows)
+        shown = cleaned(name, array[index], self.like, rows)
+        self.computed[name], self.captured[name] = shown, (rows, mine)
+        result = array.copy()
+        result[index] = mine
+        if split_name(name)[1] == "self_attn.scores":  # later tokens were blanked: mask them again
+            result = np.where(self._seen(), result, array)
+        return result
+
+    def _seen(self) -> np.ndarray:
+        return np.tri(self.like.tokens.shape[1], dtype=bool)
+
+    def _choose(self, name: str, array: np.ndarray) -> View | None:
+        """The reading of the port's array that fits the computed one best."""
+        best, least = None, np.inf
+        arrays = self.port.arrays.get(name, [])
+        for captured in arrays:
+            for view in views(name, captured, self.like):
+                turned = "interleaved" in view.layout
+                if turned != (self.interleaved and split_name(name)[1] in ROTARY):
+                    continue
+                rows = slice(view.start, view.start + view.values.shape[row_axis(name)])
+                index = (slice(None),) * row_axis(name) + (rows,)
+                size = error(cleaned(name, view.values, self.like, rows),
+                             cleaned(name, array[index], self.like, rows))  # fmt: skip
+                if best is None or size < least * 0.5:
+                    best, least = view, size
+        if best is None and arrays:
+            self.unreadable[name] = f"shape {arrays[0].values.shape} does not fit"
+        if best is not None and self._is_other(best.label, least):
+            return None
+        if best is not None:
+            self.chosen[name] = best
+        return best
+
+    def _is_other(self, label: str, size: float) -> bool:
+        """Whether an ambiguous name means another array here."""
+        meanings = sum(a.label == label for same in self.port.arrays.values() for a in same)
+        return meanings > 1 and not size < 0.1
+
+
+def _replayed(port: Port, run: Run, like: Golden, interleaved: bool) -> Replayed:
+    exact = _Pass(port, like, interleaved)
+    evaluate(one_call(run.with_op_map(exact.ops(FLOAT64))), FLOAT64)
+    limits = _limits(port, run, like, exact)
+    checked = []
+    for name in in_order(exact.computed, run.config):
+        if name == "model.embed_tokens" and port.tokens is None:
+            continue
+        checked.append(_fault(name, exact, limits[name]))
+    for name, reason in exact.unreadable.items():
+        checked.append(Fault(name, float("inf"), STRICT, 0, reason))
+    faulty = tuple(f for f in checked if not f.error <= f.limit)
+    notes = ["rotary pairs are interleaved"] if interleaved else []
+    if not checked:
+        notes.append("nothing could be recomputed: no known array in the dump")
+    verdict = PASS if checked and not faulty else FAIL
+    return Replayed(verdict, faulty, port.precision, tuple(checked), tuple(notes))
+
+
+def _fault(name: str, exact: _Pass, limit: float) -> Fault:
+    rows, mine = exact.captured[name]
+    gold, axis = exact.computed[name], row_axis(name)
+    size = error(mine, gold)
+    if not np.isfinite(size):
+        return Fault(name, size, limit, rows.start, "NaN or infinity")
+    a, r = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (mine, gold))
+    norms = np.linalg.norm(r, axis=1)
+    by_row = np.linalg.norm(a - r, axis=1) / np.where(norms > 0, norms, 1)
+    wrong = np.flatnonzero(by_row > limit)
+    position = rows.start + int(wrong[0]) if len(wrong) and size > limit else None
+    return Fault(name, size, limit, position)
+
+
+def _limits(port: Port, run: Run, like: Golden, exact: _Pass) -> dict[str, float]:
+    """Per interval: twice what honest runs of that interval get wrong in the port's precision."""
+    precision = PRECISIONS[port.precision]
+    least = STRICT if precision.name == "float32" else 0.0
+    worst = dict.fromkeys(exact.computed, 0.0)
+    for honest in honest_runs(run):
+        attempt = _Pass(port, like, exact.interleaved, chosen=exact.chosen)
+        evaluate(one_call(honest.with_op_map(attempt.ops(precision))), precision)
+        for name, gold in exact.computed.items():
+            worst[name] = max(worst[name], error(attempt.computed[name], gold))
+    floor = {"float32": STRICT, "bfloat16": 2.0**-9, "float16": 2.0**-12}[precision.name]
+    return {name: max(SLACK * size, least, floor) for name, size in worst.items()}
+
+
+def _unless_shifted(result: Replayed, port: Port, run: Run, like: Golden) -> Replayed:
+    """A constant shift of all positions changes rotations and nothing that they lead to."""
+    rotary = {full_name(split_name(f.op)[0], local) for f in result.faulty for local in ROTARY}
+    rotary |= {"model.rotary_emb.cos", "model.rotary_emb.sin"}
+    if not result.faulty or not {f.op for f in result.faulty} <= rotary:
+        return result
+    for shift in SHIFTS:
+        moved = replace(run, positions=np.where(run.positions >= 0, run.positions + shift, -1))
+        again = _replayed(port, moved, like, interleaved=False)
+        if not again.faulty:
+            note = f"all positions are shifted by {shift}: mathematically equivalent"
+            return replace(again, notes=(*again.notes, note))
+    return result
