@@ -61,7 +61,7 @@ def load(
     stored = canonical_names(in_file, config)
     check_names_and_shapes(stored, config, path, strict)
     stored = {name: stored[name] for name in expected_shapes(config) if name in stored}
-    _check_memory(stored, dtype, max_bytes, path)
+    check_memory(stored, dtype, max_bytes, path)
     if check_finite:
         _check_finite(stored, path)
     unique = {id(tensor): tensor for tensor in stored.values()}  # a tied head is one tensor
@@ -341,7 +341,7 @@ def _listed(names: set[str]) -> str:
     return f"{len(names)} tensors: {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def _check_memory(
+def check_memory(
     stored: Mapping[str, Stored], dtype: Any, max_bytes: int | None, path: Path
 ) -> None:
     """Errors: MemoryError with the estimate, if the widened weights would not fit."""

@@ -49,25 +49,9 @@ from llama_np.tap import NO_TAP, Tap, chain, each, record
 Array = np.ndarray
 EMBEDDING = "model.embed_tokens.weight"
 
-# Options of transformers' from_pretrained that cannot change the numbers of a NumPy model.
+# Options of transformers' from_pretrained that cannot change what a NumPy model computes.
 _LOADING_OPTIONS = frozenset(
-    [
-        "low_cpu_mem_usage",
-        "device_map",
-        "use_safetensors",
-        "local_files_only",
-        "cache_dir",
-        "revision",
-        "token",
-        "trust_remote_code",
-        "force_download",
-        "resume_download",
-        "proxies",
-        "variant",
-        "from_flax",
-        "offload_folder",
-        "attn_implementation",
-    ]
+    "device_map low_cpu_mem_usage offload_folder trust_remote_code use_safetensors".split()
 )
 
 
@@ -159,7 +143,8 @@ class LlamaPreTrainedModel:
             arrays["lm_head.weight"] = arrays.get("lm_head.weight", arrays.get(EMBEDDING))
             arrays[EMBEDDING] = arrays["lm_head.weight"]
         hf_weights.check_complete(arrays, self._shapes())
-        ready = {name: self._precision.weight(arrays[name]) for name in self._shapes()}
+        names = [name for name in self._shapes() if not (tied and name == "lm_head.weight")]
+        ready = {name: self._precision.weight(arrays[name]) for name in names}
         if tied:
             ready["lm_head.weight"] = ready[EMBEDDING]
         return group_by_layer(ready, self._core)
@@ -201,31 +186,31 @@ class LlamaPreTrainedModel:
         dtype: Any = None,
         torch_dtype: Any = None,
         seed: int = 0,
+        revision: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         mmap: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a folder or a bundled checkpoint; other keywords override the configuration.
+        """Load a checkpoint, found as `load` finds it; other keywords override the configuration.
 
-        dtype (or torch_dtype): float32 by default; "auto" takes the checkpoint's. Weights that
-        the folder lacks are drawn at random, with a UserWarning; a bare model loads into one with a
-        head and the reverse. With `output_loading_info` the result is (model, dict of names).
+        revision: a branch, tag or commit on the hub. dtype (or torch_dtype): float32 unless
+        given; "auto" takes the checkpoint's. Weights that the checkpoint lacks are drawn at
+        random, with a UserWarning; a bare model loads into one with a head, and the reverse.
+        With `output_loading_info` the result is (model, dict of names).
         Errors: OSError; ConfigError; CheckpointError for malformed files and for shapes that
-        differ, unless `ignore_mismatched_sizes`; TypeError for an unknown keyword.
+        differ, unless `ignore_mismatched_sizes`; MemoryError; TypeError for an unknown keyword.
         """
-        folder = locate(pretrained_model_name_or_path)
+        name = pretrained_model_name_or_path
+        folder = locate(name if revision is None else f"{name}@{revision}")
         config = _config_for(folder, config, kwargs)
-        model = cls(config, seed=seed, dtype=None if dtype == "auto" else dtype)
-        read = hf_weights.read_weights(folder, model._core, cls._head, mmap)
-        chosen = torch_dtype if dtype is None else dtype
-        if chosen is not None:
-            auto = config.torch_dtype or read.stored_dtype
-            model._set_precision(auto if isinstance(chosen, str) and chosen == "auto" else chosen)
-            model._core = config.core(rope_angles=model._angles())
+        read = hf_weights.read_weights(folder, config.core(), cls._head, mmap)
+        chosen = _either(_either(dtype, torch_dtype), "float32")
+        if isinstance(chosen, str) and chosen == "auto":
+            chosen = config.torch_dtype or read.stored_dtype
+        model = cls(config, seed=seed, dtype=chosen)
         model._adopt(read, folder, ignore_mismatched_sizes)
         model._read_generation_config(folder)
-        config.torch_dtype = model._precision.name
         info = {
             "missing_keys": read.missing,
             "unexpected_keys": read.unexpected,
@@ -237,6 +222,7 @@ class LlamaPreTrainedModel:
     def _adopt(self, read: hf_weights.Read, folder: Path, ignore_mismatched: bool) -> None:
         """Take weights that were read, and draw those that are missing."""
         shapes = self._shapes()
+        read.check_memory(self._precision, folder)
         if read.mismatched and not ignore_mismatched:
             name = read.mismatched[0]
             raise CheckpointError(
@@ -246,7 +232,7 @@ class LlamaPreTrainedModel:
                 name,
             )
         fresh = [*read.missing, *read.mismatched]
-        if self._core.tie_word_embeddings and EMBEDDING in read.arrays:
+        if self._core.tie_word_embeddings and EMBEDDING in read.tensors:
             fresh = [name for name in fresh if name != "lm_head.weight"]
         if fresh:
             warnings.warn(
@@ -257,7 +243,7 @@ class LlamaPreTrainedModel:
         if read.unexpected:
             warnings.warn(f"{str(folder)!r}: ignored {read.unexpected[:10]}", stacklevel=3)
         drawn = {name: self._random(name, shapes[name]) for name in fresh}
-        groups = self._groups(read.arrays | drawn)
+        groups = self._groups(read.arrays() | drawn)
         self._weights = _Weights(lambda: groups)
 
     def _read_generation_config(self, folder: Path) -> None:
@@ -493,10 +479,7 @@ def _dtype_of(arrays: Mapping[str, Any]) -> Any:
 
 def _config_for(folder: Path, config: Any, kwargs: dict[str, Any]) -> LlamaConfig:
     """The configuration to load with; `kwargs` are overrides and options without effect."""
-    attention = kwargs.get("attn_implementation")
     overrides = {k: v for k, v in kwargs.items() if k not in _LOADING_OPTIONS}
-    if attention is not None:
-        overrides["attn_implementation"] = attention
     unused = overrides
     if not isinstance(config, LlamaConfig):
         config, unused = LlamaConfig.from_pretrained(

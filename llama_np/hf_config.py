@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llama_np.checkpoint import locate
+from llama_np.checkpoint import locate, read_values
 from llama_np.config import DEFAULTS, NOT_IMPLEMENTED, Config, config_from_dict, read_json
 from llama_np.errors import ConfigError
 from llama_np.files import write_atomically
@@ -365,10 +365,8 @@ class LlamaConfig:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of config.json, and the keywords."""
-        path = Path(pretrained_model_name_or_path)
-        if not path.is_file():
-            path = locate(pretrained_model_name_or_path) / "config.json"
-        return read_json(path), kwargs
+        path = locate(pretrained_model_name_or_path)
+        return read_json(path) if path.suffix == ".json" else read_values(path), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:

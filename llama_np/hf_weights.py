@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_np.checkpoint import canonical_names, expected_shapes, read_folder
+from llama_np.checkpoint import canonical_names, check_memory, expected_shapes, read_folder
 from llama_np.config import Config
 from llama_np.errors import CheckpointError
 from llama_np.files import write_atomically
@@ -120,32 +120,39 @@ def check_complete(arrays: Mapping[str, Any], shapes: Shapes) -> None:
 
 @dataclass
 class Read:
-    """The weights of a folder, and what does not fit the model that they are read for."""
+    """The weights of a checkpoint, and what does not fit the model that they are read for."""
 
-    arrays: dict[str, np.ndarray]
+    tensors: dict[str, Stored]
     stored_dtype: str
     missing: list[str]
     mismatched: list[str]
     unexpected: list[str]
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Numbers, or bfloat16 bits. Errors: CheckpointError for what is neither."""
+        return {name: _raw(name, tensor) for name, tensor in self.tensors.items()}
 
-def read_weights(folder: Path, config: Config, head: str | None, mmap: bool) -> Read:
+    def check_memory(self, precision: Precision, path: Path) -> None:
+        """Errors: MemoryError where the weights would not fit."""
+        name = "bfloat16" if precision.name == "bfloat16" else precision.compute.name
+        check_memory(self.tensors, name, None, path)
+
+
+def read_weights(path: Path, config: Config, head: str | None, mmap: bool) -> Read:
     """Read what a model with this head needs. Errors: OSError, CheckpointError."""
-    stored = read_folder(folder, mmap)
+    stored = read_folder(path, mmap)
     if head != "lm_head.weight":  # a tied head's values win only where there is a head
         stored = {name: t for name, t in stored.items() if name != "lm_head.weight"}
     named = canonical_names(stored, config)
     shapes = wanted_shapes(config, head)
-    present = [name for name in shapes if name in named]
-    mismatched = [name for name in present if named[name].shape != shapes[name]]
-    arrays = {name: _raw(name, named[name]) for name in present if name not in mismatched}
+    present = {name: named[name] for name in shapes if name in named}
     floats = [t.dtype for t in stored.values() if t.dtype in _TORCH_NAMES]
     return Read(
-        arrays,
-        _TORCH_NAMES[floats[0]] if floats else "float32",
-        [name for name in shapes if name not in named],
-        mismatched,
-        [name for name in named if name not in shapes and name not in HEADS],
+        tensors={name: t for name, t in present.items() if t.shape == shapes[name]},
+        stored_dtype=_TORCH_NAMES[floats[0]] if floats else "float32",
+        missing=[name for name in shapes if name not in named],
+        mismatched=[name for name, t in present.items() if t.shape != shapes[name]],
+        unexpected=[name for name in named if name not in shapes and name not in HEADS],
     )
 
 
