@@ -199,7 +199,13 @@ def stored_view(data: np.ndarray, entry: Entry) -> Stored:
     raw = data[entry.start : entry.stop]
     if raw.ctypes.data % dtype.alignment == 0:
         return Stored(entry.dtype, raw.view(dtype).reshape(entry.shape))
-    return Stored(entry.dtype, lambda: raw.copy().view(dtype).reshape(entry.shape), entry.shape)
+
+    def aligned() -> np.ndarray:
+        copy = raw.copy()
+        copy.flags.writeable = False
+        return copy.view(dtype).reshape(entry.shape)
+
+    return Stored(entry.dtype, aligned, entry.shape)
 
 
 def _unmapped(path: PathLike, name: str, entry: Entry) -> Stored:
