@@ -176,6 +176,10 @@ def of_layer(function: Any, name: str = "model.layers.0") -> Case:
     return case
 
 
+def product(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Case:
+    return lambda array, w: function(array(T, D), widen(w["lm_head.weight"]))
+
+
 def activation(function: Callable[[np.ndarray], np.ndarray]) -> Case:
     return lambda array, w: function(array(T))
 
@@ -203,6 +207,9 @@ FUNCTIONS: dict[str, Case] = {
     "layers.softmax": lambda array, w: layers.softmax(array(B, T)),
     "layers.split_heads": lambda array, w: layers.split_heads(array(B, T, N * H), H),
     "linear.linear": lambda array, w: linear.linear(array(T, D), w["lm_head.weight"]),
+    "linear.times": product(linear.times),
+    "linear.times_bf16": lambda array, w: linear.times_bf16(array(T, D), to_bf16(array(9, D))),
+    "linear.times_few": product(linear.times_few),
     "model.classify": lambda array, w: model.classify(TOKENS, w, CONFIG),
     "model.hidden_states": cached,
     "model.logits": lambda array, w: model.logits(array(B, T, D), w),
@@ -211,6 +218,7 @@ FUNCTIONS: dict[str, Case] = {
 }
 # Functions of whole numbers, truth values and Python floats, tested below or elsewhere.
 NOT_ABOUT_FLOATS = {
+    "linear.strategy",
     "model.causal",
     "model.check_tokens",
     "rope.attention_factor",
