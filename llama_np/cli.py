@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_inspect(commands)
     _add_explore(commands)
+    _add_bench(commands)
     cli_chat.add_commands(commands, add_generation_options)
     cli_convert.add_commands(commands)
     return parser
@@ -471,4 +472,31 @@ def run_explore(args: argparse.Namespace) -> int:
     text = page(args.prompt, weights, config, load_tokenizer(args.model))
     write_atomically(args.output, text.encode("utf-8"), args.overwrite)
     note(f"wrote {args.output}")
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="speed, beside what this machine could do")
+    add_model_options(parser)
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128])
+    parser.add_argument("--context", type=_positive, default=128, help="tokens before decoding")
+    parser.add_argument("--compare", choices=["transformers"])
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`llama-np bench`; --model also takes a shape (15M, 135M, 1.1B) with random weights."""
+    from llama_np.bench import bench, plot, table
+    from llama_np.threads import limit_threads
+
+    limit_threads(args.threads)
+    report = bench(
+        args.model, args.dtype, args.batch, args.prompt_tokens, args.context, args.compare
+    )
+    if args.plot:
+        plot(report, args.plot)
+    write((json.dumps(report) if args.json else table(report)) + "\n")
     return 0

@@ -1,0 +1,364 @@
+"""How fast a model runs here, beside what this machine could do at best.
+
+Decoding reads all weights once per step, so it is bound by memory: its limit is the bandwidth of
+a row-vector product. Prefill is bound by arithmetic: its limit is the speed of a large matrix
+product. Both limits are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llama_np.cache import KVCache
+from llama_np.checkpoint import expected_shapes, group_by_layer, load
+from llama_np.config import Config, config_from_dict, config_to_dict
+from llama_np.errors import require
+from llama_np.generate import activation_dtype, prefill
+from llama_np.model import ModelWeights, hidden_states, logits
+from llama_np.precision import to_bf16
+
+# Shapes of well-known models, to be measured with random weights.
+SHAPES: dict[str, dict[str, Any]] = {
+    "15M": {
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1.1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}
+DECODE_STEPS = 24
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do: bytes per second of a row-vector product, FLOP/s of a product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One workload: tokens per second, and which share of the machine's limit that is."""
+
+    workload: str
+    batch: int
+    tokens: int
+    tokens_per_second: float
+    share_of_limit: float
+
+
+def seconds(function: Callable[[], object], runs: int) -> float:
+    """The median duration of several runs, after one that warms up."""
+    function()
+    durations = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def measure_ceilings() -> Ceilings:
+    """Measure both limits in float32 with the threads that BLAS uses now."""
+    random = np.random.default_rng(0)
+    large = random.standard_normal((11264, 2048), np.float32)
+    row = random.standard_normal((1, 2048), np.float32)
+    square = random.standard_normal((1536, 1536), np.float32)
+    bandwidth = large.nbytes / seconds(lambda: row @ large.T, 15)
+    return Ceilings(bandwidth, 2 * 1536**3 / seconds(lambda: square @ square, 7))
+
+
+def random_model(shape: str, dtype: str) -> tuple[Config, dict[str, Any]]:
+    """A model of a well-known shape with random weights."""
+    sizes = {"max_position_embeddings": 8192, **SHAPES[shape]}
+    config = config_from_dict(sizes)
+    random = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for name, size in expected_shapes(config).items():
+        array = random.standard_normal(size, np.float32) * np.float32(0.02)
+        matrix = len(size) == 2
+        if dtype == "bfloat16":
+            arrays[name] = to_bf16(array) if matrix else 1 + array
+        else:
+            arrays[name] = (array if matrix else 1 + array).astype(dtype)
+    if config.tie_word_embeddings:
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    return config, group_by_layer(arrays, config)
+
+
+def weight_bytes(weights: ModelWeights) -> int:
+    """Bytes that one decoding step reads: every weight once, but of the embedding one row."""
+    arrays = {id(a): a for value in weights.values() for a in _arrays(value)}
+    head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+    unread = 0 if head is table else table.nbytes
+    score = weights.get("score.weight")
+    return sum(a.nbytes for a in arrays.values()) - unread - (0 if score is None else score.nbytes)
+
+
+def _arrays(value: Any) -> list[np.ndarray]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def weight_count(weights: ModelWeights) -> int:
+    """Numbers that every token is multiplied with."""
+    head = weights["lm_head.weight"].size
+    return head + sum(
+        a.size
+        for name, value in weights.items()
+        if name.startswith("model.layers.")
+        for a in _arrays(value)
+    )
+
+
+def measure(
+    config: Config,
+    weights: ModelWeights,
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    context: int,
+    ceilings: Ceilings,
+) -> list[Measurement]:
+    """Prefill of several lengths, and decoding at several batch sizes after `context` tokens."""
+    found = []
+    random = np.random.default_rng(1)
+    for length in prompts:
+        rows = random.integers(0, config.vocab_size, (1, length)).tolist()
+        spent = seconds(partial(_prefill, rows, config, weights), 3)
+        flops = 2 * weight_count(weights) * length / spent
+        found.append(
+            Measurement("prefill", 1, length, length / spent, flops / ceilings.flops_per_second)
+        )
+    for batch in batches:
+        spent = decode_seconds(config, weights, batch, context)
+        share = weight_bytes(weights) / spent / ceilings.bytes_per_second
+        found.append(Measurement("decode", batch, context, batch / spent, share))
+    return found
+
+
+def _prefill(rows: list[list[int]], config: Config, weights: ModelWeights) -> np.ndarray:
+    return prefill(rows, weights, config, KVCache(config, dtype=activation_dtype(weights)))
+
+
+def decode_seconds(config: Config, weights: ModelWeights, batch: int, context: int) -> float:
+    """The median duration of one decoding step."""
+    random = np.random.default_rng(2)
+    cache = KVCache(config, batch, dtype=activation_dtype(weights))
+    rows = random.integers(0, config.vocab_size, (batch, context)).tolist()
+    tokens = prefill(rows, weights, config, cache).argmax(axis=-1)[:, None]
+    durations = []
+    for _ in range(DECODE_STEPS):
+        start = time.perf_counter()
+        tokens = logits(hidden_states(tokens, weights, config, cache), weights).argmax(axis=-1)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[2:])
+
+
+def bench(
+    model: str,
+    dtype: str,
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    context: int,
+    compare: str | None = None,
+) -> dict[str, Any]:
+    """Everything that `llama-np bench` reports. `model` may be a shape such as "135M".
+
+    compare: "transformers" measures the same workloads with that library, if it is installed.
+    """
+    start = time.perf_counter()
+    config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
+    loaded = time.perf_counter() - start
+    start = time.perf_counter()
+    prefill([[1, 2, 3]], weights, config, KVCache(config, dtype=activation_dtype(weights)))
+    first = time.perf_counter() - start
+    ceilings = measure_ceilings()
+    found = measure(config, weights, batches, prompts, context, ceilings)
+    report: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "machine": machine(),
+        "ceilings": asdict(ceilings),
+        "load_seconds": loaded,
+        "first_token_seconds": first,
+        "peak_memory_bytes": peak_memory(),
+        "measurements": [asdict(m) for m in found],
+    }
+    if compare is not None:
+        report[compare] = compare_transformers(config, dtype, batches, prompts, context)
+    return report
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    except OSError:
+        pass  # not Linux: the generic name has to do
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def peak_memory() -> int:
+    """The most memory that this process has occupied so far, in bytes."""
+    import resource  # POSIX only
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+PEER = """
+import json, statistics, sys, time
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+task = json.loads(sys.stdin.read())
+config = LlamaConfig(**task["config"])
+dtype = getattr(torch, task["dtype"])
+model = LlamaForCausalLM(config).eval().to(dtype)
+found = []
+with torch.inference_mode():
+    for length in task["prompts"]:
+        ids = torch.randint(0, config.vocab_size, (1, length))
+        times = []
+        for _ in range(4):
+            start = time.perf_counter(); model(ids, use_cache=True)
+            times.append(time.perf_counter() - start)
+        found.append(["prefill", 1, length, length / statistics.median(times[1:])])
+    for batch in task["batches"]:
+        ids = torch.randint(0, config.vocab_size, (batch, task["context"]))
+        past = model(ids, use_cache=True).past_key_values
+        times, token = [], ids[:, :1]
+        for _ in range(task["steps"]):
+            start = time.perf_counter()
+            out = model(token, past_key_values=past, use_cache=True)
+            past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            times.append(time.perf_counter() - start)
+        found.append(["decode", batch, task["context"], batch / statistics.median(times[2:])])
+print(json.dumps(found))
+"""
+
+
+def compare_transformers(
+    config: Config, dtype: str, batches: Sequence[int], prompts: Sequence[int], context: int
+) -> list[dict[str, Any]]:
+    """The same workloads with transformers and random weights, in a process of its own.
+
+    Errors: ModuleNotFoundError if transformers is not installed; RuntimeError if it fails.
+    """
+    require("transformers", extra="hf")
+    values = {k: v for k, v in config_to_dict(config).items() if not k.endswith("label")}
+    task = {
+        "config": values,
+        "dtype": dtype,
+        "batches": list(batches),
+        "prompts": list(prompts),
+        "context": context,
+        "steps": DECODE_STEPS,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PEER],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"transformers failed: {done.stderr.strip().splitlines()[-1]}")
+    names = ("workload", "batch", "tokens", "tokens_per_second")
+    return [dict(zip(names, row, strict=True)) for row in json.loads(done.stdout)]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table with the machine's name."""
+    limits = report["ceilings"]
+    name = report["machine"]
+    bandwidth, flops = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
+    first, peak = report["first_token_seconds"] * 1e3, report["peak_memory_bytes"] / 1e6
+    where = f"{name['processor']}, {name['cores']} cores, NumPy {name['numpy']}"
+    lines = [
+        f"{report['model']} {report['dtype']} on {where}",
+        f"limits: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s",
+        f"first token {first:.0f} ms; peak memory {peak:.0f} MB",
+        "",
+    ]
+    peer = {
+        (row["workload"], row["batch"], row["tokens"]): row["tokens_per_second"]
+        for row in report.get("transformers", [])
+    }
+    lines.append("| workload | batch | tokens/s | of the limit |" + (" ratio |" if peer else ""))
+    lines.append("| --- | --- | --- | --- |" + (" --- |" if peer else ""))
+    for row in report["measurements"]:
+        speed = row["tokens_per_second"]
+        cells = f"| {row['workload']} {row['tokens']} | {row['batch']} | {speed:.1f} "
+        cells += f"| {row['share_of_limit']:.0%} |"
+        if peer:
+            cells += f" {speed / peer[row['workload'], row['batch'], row['tokens']]:.2f}x |"
+        lines.append(cells)
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Draw the workloads under the machine's roofline: reuse of each weight against speed."""
+    pyplot = require("matplotlib.pyplot", extra="notebooks")
+    limits = report["ceilings"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    reuse = np.geomspace(0.25, 512, 200)  # FLOP per byte of float32 weights is rows / 2
+    roof = np.minimum(reuse * limits["bytes_per_second"], limits["flops_per_second"])
+    axes.loglog(reuse, roof / 1e9, color="#6B7280", label="limit of this machine")
+    for row in report["measurements"]:
+        rows = row["batch"] if row["workload"] == "decode" else row["tokens"]
+        bound = min(rows / 2 * limits["bytes_per_second"], limits["flops_per_second"])
+        marker = "o" if row["workload"] == "decode" else "s"
+        speed = row["share_of_limit"] * (
+            rows / 2 * limits["bytes_per_second"]
+            if row["workload"] == "decode"
+            else limits["flops_per_second"]
+        )
+        axes.loglog(rows / 2, speed / 1e9, marker, color="#0072B2")
+        label = f"{row['workload']} {rows}: {speed / bound:.0%}"
+        axes.annotate(label, (rows / 2, speed / 1e9), xytext=(6, -10), textcoords="offset points")
+    axes.set_xlabel("operations per byte of weights")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"{report['model']} {report['dtype']}: how close to the limits", loc="left")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,57 @@
+"""The benchmark measures what it says; no speed is asserted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_np import hidden_states, load, logits
+from llama_np.bench import (
+    SHAPES,
+    Ceilings,
+    measure,
+    random_model,
+    table,
+    weight_bytes,
+    weight_count,
+)
+from llama_np.checkpoint import expected_shapes
+from llama_np.cli import main
+
+
+def test_a_step_reads_every_weight_once_and_a_tied_table_as_the_head() -> None:
+    config, weights = load("fairytales")
+    sizes = {name: int(np.prod(s)) for name, s in expected_shapes(config).items()}
+    read = sum(sizes.values()) - sizes["lm_head.weight"] - sizes["score.weight"]
+    assert weight_bytes(weights) == 4 * read
+    assert weight_count(weights) == read - sizes["model.norm.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_random_models_of_known_shapes_run(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**SHAPES["15M"], "hidden_size": 24, "intermediate_size": 40, "vocab_size": 101}
+    monkeypatch.setitem(SHAPES, "15M", small)
+    config, weights = random_model("15M", dtype)
+    scores = logits(hidden_states(np.array([[1, 2, 3]]), weights, config), weights)
+    assert scores.dtype == (np.float64 if dtype == "float64" else np.float32)
+    found = measure(config, weights, [1, 3], [5], 4, Ceilings(1e9, 1e9))
+    assert [(m.workload, m.batch, m.tokens) for m in found] == [
+        ("prefill", 1, 5),
+        ("decode", 1, 4),
+        ("decode", 3, 4),
+    ]
+    assert all(m.tokens_per_second > 0 and m.share_of_limit > 0 for m in found)
+
+
+def test_the_command_prints_a_table_a_json_object_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["bench", "--batch", "1", "2", "--prompt-tokens", "8", "--context", "4"]
+    assert main([*options, "--json", "--plot", str(tmp_path / "roof.png")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {row["workload"] for row in report["measurements"]} == {"prefill", "decode"}
+    assert report["peak_memory_bytes"] > 1e7
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    text = table(report | {"transformers": report["measurements"]})
+    assert text.count("1.00x") == 3
