@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports only from the lines above its own, so that each can be read
 # knowing only what stands above it.
 LEVELS = [
-    "activations errors hf_encoding hf_outputs hf_streamers precision tap terminal threads",
-    "files hub linear",
+    "activations errors hf_outputs hf_streamers precision tap terminal threads",
+    "files hf_encoding hub linear",
     "config tokenizer weights",
     "cache chat_template gguf_file rope sentencepiece_model show torch_pickle",
     "gguf_model layers llama2c",
@@ -34,7 +34,7 @@ LEVELS = [
     "bench chat convert explore hf_speculate hf_tokenizer trace",
     "cli_chat cli_convert hf_generate ports",
     "hf mistakes verify",
-    "check explain",
+    "check explain mutation replay",
     "cli",
     "__init__ __main__",
 ]
@@ -125,6 +125,19 @@ def test_layers_do_not_loop(name: str) -> None:
 
 def functions(tree: ast.Module) -> Iterator[Function]:
     return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def test_one_name_means_one_array_within_a_layer() -> None:
+    for function in functions(MODULES["layers"]):
+        bound = [
+            argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)
+        ]
+        for node in ast.walk(function):  # `e /= total` changes an array, the name stays
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+            bound += [name.id for name in names]
+        twice = {name for name in bound if bound.count(name) > 1}
+        assert not twice, f"llama_np/layers.py: {function.name} binds {twice} twice"
 
 
 def body_lines(function: Function, source: list[str]) -> int:
