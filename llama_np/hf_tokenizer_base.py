@@ -69,7 +69,7 @@ TYPES: dict[str, type | UnionType] = {
 }  # fmt: skip
 # Entries of tokenizer_config.json, and keywords of from_pretrained, that no constructor takes.
 NOT_CONSTRUCTOR = {
-    "tokenizer_class", "token", "revision", "cache_dir", "local_files_only", "force_download",
+    "tokenizer_class", "token", "cache_dir", "local_files_only", "force_download",
     "subfolder", "trust_remote_code", "use_fast", "init_inputs", "auto_map", "tokenizer_object",
 }  # fmt: skip
 
@@ -97,8 +97,9 @@ class _SpecialId:
         self.token = name.removesuffix("_id")
 
     def __get__(self, tokenizer: Any, owner: type | None = None) -> Any:
-        name = None if tokenizer is None else getattr(tokenizer, self.token)
-        return None if name is None else tokenizer.convert_tokens_to_ids(name)
+        if tokenizer is None or getattr(tokenizer, self.token) is None:
+            return None
+        return tokenizer.convert_tokens_to_ids(getattr(tokenizer, self.token))
 
     def __set__(self, tokenizer: LlamaTokenizerBase, value: int | None) -> None:
         token = None if value is None else tokenizer.convert_ids_to_tokens(value)
@@ -329,8 +330,8 @@ class LlamaTokenizerBase:
         """
         if isinstance(token_ids, np.ndarray):
             token_ids = token_ids.tolist()
-        single = isinstance(token_ids, int | np.integer)
-        ids = check_ids([token_ids] if single else token_ids, self._id_limit())
+        row: Any = [token_ids] if isinstance(token_ids, int | np.integer) else token_ids
+        ids = check_ids(row, self._id_limit())
         text = self._decode(ids, skip_special_tokens, **options)
         clean = clean_up_tokenization_spaces
         clean = self.clean_up_tokenization_spaces if clean is None else clean
@@ -716,8 +717,19 @@ class LlamaTokenizerBase:
     # --- files ---
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Any:
-        """A tokenizer from a checkpoint folder or a bundled name; keywords override its files."""
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """A tokenizer from a checkpoint folder, a bundled name, a file, or owner/name on the hub.
+
+        Keywords override the files. Errors: OSError; TokenizerError for malformed files.
+        """
+        name = pretrained_model_name_or_path
+        name = name if revision is None else f"{name}@{revision}"
         path = Path(name)
         if path.is_file():
             key = "tokenizer_file" if path.suffix == ".json" else "vocab_file"
