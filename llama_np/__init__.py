@@ -13,6 +13,13 @@ from llama_np.hf import (
     LlamaForSequenceClassification,
     LlamaModel,
 )
+from llama_np.hf_auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from llama_np.hf_config import LlamaConfig
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
@@ -23,6 +30,11 @@ from llama_np.sampling import Sampling
 __version__ = version("llama_np")
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
     "Config",
     "FlaxLlamaForCausalLM",
     "FlaxLlamaModel",

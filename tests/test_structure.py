@@ -34,7 +34,7 @@ LEVELS = [
     "bench chat convert explore hf_speculate hf_tokenizer trace",
     "cli_chat cli_convert hf_generate ports",
     "hf mistakes verify",
-    "check explain mutation replay",
+    "check explain hf_auto mutation replay",
     "cli",
     "__init__ __main__",
 ]
