@@ -351,6 +351,25 @@ def test_malformed_files_are_config_errors(tmp_path: Path, text: str | bytes) ->
         read_config(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"vocab_size": 8, "vocab_size": 16}', "duplicate key 'vocab_size'"),
+        (
+            '{"rope_scaling": {"type": "linear", "factor": 2, "factor": 4}}',
+            "duplicate key 'factor'",
+        ),
+        ('{"temperature": NaN}', "NaN"),
+        ('{"temperature": -Infinity}', "-Infinity"),
+    ],
+)
+def test_what_json_readers_take_silently_is_named(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_config(written(tmp_path, text))
+
+
 def test_errors_name_the_file(tmp_path: Path) -> None:
     for text in ('{"hidden_size": 0}', "{", '{"colour": 3}'):
         with pytest.raises(ConfigError, match=r"config\.json"):
