@@ -358,22 +358,26 @@ class Tokenizer:
         self._set_special_ids(files)
 
     def _set_special_ids(self, files: _Files) -> None:
-        backend, config = self._backend, files.tokenizer_config
+        backend = self._backend
         if isinstance(backend, _SentencePiece):
-            prefix, sp = [backend.processor.bos_id()], backend.processor
+            sp = backend.processor
             defaults = {"bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id()}
         else:
-            prefix = backend.template_prefix()
-            defaults = {"bos": prefix[0]} if prefix else {}
+            defaults = dict(zip(["bos"], backend.template_prefix(), strict=False))
         named = {what: self._named(files, what) for what in ("bos", "eos", "pad")}
         found = {w: defaults.get(w) if i is None else i for w, i in named.items()}
         self.bos_id, eos, self.pad_id = (_id_or_none(found[w]) for w in ("bos", "eos", "pad"))
         listed = [*([] if eos is None else [eos]), *files.eos_ids(self.vocab_size)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(listed))
-        llama = str(config.get("tokenizer_class", "Llama")).startswith("Llama")
-        in_file = isinstance(backend, _SentencePiece) or bool(prefix)
-        says = config.get("add_bos_token", in_file) if llama else in_file
-        self._prefix = [self.bos_id] if says and self.bos_id is not None else []
+        adds_bos = self._adds_bos(files.tokenizer_config, in_file="bos" in defaults)
+        self._prefix = [self.bos_id] if adds_bos and self.bos_id is not None else []
+
+    def _adds_bos(self, config: dict[str, Any], in_file: bool) -> bool:
+        """Whether a text starts with the BOS; only Llama's classes let tokenizer_config decide."""
+        llama = str(config.get("tokenizer_class")).startswith("Llama")
+        asked = config.get("add_bos_token")
+        decides = llama or isinstance(self._backend, _SentencePiece)
+        return bool(asked) if decides and asked is not None else llama or in_file
 
     def _named(self, files: _Files, what: str) -> int | None:
         """The id of the token that the folder's files call the bos, eos or pad token."""

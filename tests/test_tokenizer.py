@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import LLAMA3_SPECIAL, byte_level_json, train_sentencepiece, write_folder
 
 from llama_np.errors import TokenizerError
+from llama_np.hf_tokenizer import convert_sentencepiece
 from llama_np.sentencepiece_model import Piece, build_model, parse_pieces
 from llama_np.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -117,6 +118,25 @@ def test_control_tokens_are_read_on_request(tokenizer: Tokenizer, text: str) -> 
     found = [name for name in CONTROL if name in tokenizer.special_tokens and name in text]
     assert all(tokenizer.special_tokens[name] in ids for name in found)
     assert tokenizer.encode_parts(tokenizer.split(text)) == ids
+
+
+@pytest.fixture(scope="module")
+def first_only(tmp_path_factory: pytest.TempPathFactory, model: bytes) -> Path:
+    """A tokenizer.json as new versions write it: only the beginning gets a prefix space."""
+    library = convert_sentencepiece(model)
+    library.normalizer = tokenizers.normalizers.Sequence([])
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spec = library.to_str()
+    return write_folder(tmp_path_factory.mktemp("metaspace"), tokenizer_json=spec)
+
+
+@given(TRICKY.map("".join))
+def test_a_prefix_for_the_beginning_only_is_understood(first_only: Path, text: str) -> None:
+    library = tokenizers.Tokenizer.from_file(str(first_only / "tokenizer.json"))
+    tokenizer = load_tokenizer(first_only)
+    ids = library.encode(text).ids
+    assert tokenizer.encode(text, bos=False, special=True) == ids
+    assert tokenizer.decode(ids) == library.decode(ids)
 
 
 def test_bos_and_eos_frame_the_text(tokenizer: Tokenizer) -> None:
