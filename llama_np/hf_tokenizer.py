@@ -56,7 +56,8 @@ class LlamaTokenizer(LlamaTokenizerBase):
     letter by letter); convert_tokens_to_string leaves the caller's list alone and accepts an
     empty one; ids that are floats or booleans are a TypeError; a lone surrogate is a
     UnicodeEncodeError; a conversation that consists of a system message, or has an unknown role,
-    is a ChatTemplateError (there: silently dropped); empty rows are int64 arrays (there: float).
+    is a ChatTemplateError (there: silently dropped); empty rows are int64 arrays (there: float);
+    return_overflowing_tokens works without max_length.
     """
 
     def __init__(
@@ -341,7 +342,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     Different from 4.37.2 on purpose: split_special_tokens works here too (see LlamaTokenizer);
     an id outside the vocabulary is an IndexError (there: decoded to nothing); a lone surrogate is
-    a UnicodeEncodeError; an empty batch is a ValueError.
+    a UnicodeEncodeError; an empty batch is a ValueError; add_tokens heeds AddedToken(special=True)
+    and counts ids that are new (there: also tokens registered again).
     """
 
     is_fast = True
