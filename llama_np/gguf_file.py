@@ -175,6 +175,8 @@ class _Reader:
             dtype = np.dtype("<" + SCALARS[kind])
             begin = self.need(count * dtype.itemsize)
             return self.data[begin : self.place].view(dtype)
+        if kind not in (STRING, ARRAY):
+            raise self.wrong(f"a list of the unknown type {kind}")
         if count * 8 > len(self.view) - self.place:  # every string or list takes 8 bytes or more
             raise self.wrong(f"{count} strings are announced, the file is too short")
         return [self.value(kind, depth) for _ in range(count)]

@@ -163,10 +163,11 @@ def forget_pages(view: np.ndarray) -> None:
     first = 0
     while isinstance(owner, np.ndarray):
         first, owner = owner.ctypes.data, owner.base
-    if sys.platform == "linux" and isinstance(owner, memory.mmap) and view.size:
+    mapping = owner.obj if isinstance(owner, memoryview) else None
+    if sys.platform == "linux" and isinstance(mapping, memory.mmap) and view.size:
         begin, end = np.lib.array_utils.byte_bounds(view)
         start = (begin - first) // memory.PAGESIZE * memory.PAGESIZE
-        owner.madvise(memory.MADV_DONTNEED, start, end - first - start)
+        mapping.madvise(memory.MADV_DONTNEED, start, end - first - start)
 
 
 def copy_of_view(view: np.ndarray) -> np.ndarray:
