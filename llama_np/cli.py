@@ -111,6 +111,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("prompt", nargs="?", help="'-' or nothing: read standard input")
     parser.add_argument("--prompts", metavar="FILE", help="decode all lines as one batch")
     add_generation_options(parser)
+    add_bulk_options(parser)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest")
@@ -130,7 +131,12 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("give a prompt or --prompts FILE, not both")
     if args.prompts is not None and (args.save_cache or args.load_cache):
         raise ValueError("--save-cache and --load-cache need a single prompt")
+    if args.prompts is None and (args.output or args.scheduler):
+        raise ValueError("--output and --scheduler need --prompts FILE")
     prompts = _read_prompts(args)
+    if args.output or args.scheduler:
+        run_bulk(args, generate_task(args), prompts)
+        return 0
     started = time.perf_counter()
     session = Session(args)
     loaded = time.perf_counter() - started
@@ -139,6 +145,22 @@ def run_generate(args: argparse.Namespace) -> int:
     if sys.stdout.isatty() and sys.stderr.isatty() and not args.json:
         write(prompts[0], sys.stderr)
     return session.run_single(prompts[0], loaded)
+
+
+def generate_task(args: argparse.Namespace) -> Any:
+    """The options of `generate` for work in chunks."""
+    from llama_np.bulk import GenerateTask
+    from llama_np.sampling import Sampling
+
+    return GenerateTask(
+        args.model,
+        args.dtype,
+        Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty),
+        secrets.randbelow(2**31) if args.seed is None else args.seed,
+        args.max_tokens,
+        tuple(args.stop),
+        args.ignore_eos,
+    )
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -401,34 +423,49 @@ def _add_score(commands: Any) -> None:
     parser = commands.add_parser("score", help="how likely the lines of a file are")
     parser.add_argument("file", help="'-': read standard input")
     add_model_options(parser)
+    add_bulk_options(parser)
     parser.set_defaults(run=run_score)
+
+
+def add_bulk_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that work through many lines."""
+    parser.add_argument("-o", "--output", metavar="FILE", help="JSON lines; resumed if it exists")
+    parser.add_argument("--scheduler", metavar="tcp://...", help="work on a dask cluster")
 
 
 def run_score(args: argparse.Namespace) -> int:
     """`llama-np score`: one JSON line per line of text."""
-    from llama_np.checkpoint import load_tokenizer
-    from llama_np.perplexity import score
+    from llama_np.bulk import ScoreTask
 
     source = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-    texts = [line for line in source.decode("utf-8").splitlines() if line]
-    config, weights = load_model(args)
-    tokenizer = load_tokenizer(args.model)
-    rows = [tokenizer.encode(text) for text in texts]
-    found = score(rows, weights, config)
-    for text, result in zip(texts, found, strict=True):
-        perplexity = result.perplexity if result.token_count else None
-        line = {
-            "text": text,
-            "log_likelihood": result.log_likelihood,
-            "tokens": result.token_count,
-            "perplexity": perplexity,
-        }
-        write(json.dumps(line, ensure_ascii=False) + "\n")
-    total = sum(result.log_likelihood for result in found)
-    count = sum(result.token_count for result in found)
+    lines = [line for line in source.decode("utf-8").splitlines() if line]
+    found = run_bulk(args, ScoreTask(args.model, args.dtype), lines)
+    total = sum(result["log_likelihood"] for result in found)
+    count = sum(result["tokens"] for result in found)
     if count:
-        note(f"{len(texts)} lines, {count} tokens, perplexity {math.exp(-total / count):.3f}")
+        note(f"{len(found)} lines, {count} tokens, perplexity {math.exp(-total / count):.3f}")
     return 0
+
+
+def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict[str, Any]]:
+    """Work through many lines; results go to the output file or to standard output."""
+    from llama_np import bulk
+    from llama_np.threads import limit_threads
+
+    limit_threads(args.threads)
+    done = 0 if args.output is None else bulk.resume(args.output, lines)
+    if done:
+        note(f"{done} lines were done before")
+    progress = Progress("lines", len(lines) - done)
+    found = []
+    for results in bulk.run(task, lines, done, args.scheduler):
+        if args.output is not None:
+            bulk.append(args.output, results)
+        else:
+            write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+        found += results
+        progress.advance(len(results))
+    return found
 
 
 def _add_inspect(commands: Any) -> None:

@@ -31,7 +31,7 @@ LEVELS = [
     "experiment generate inspection losses meta",
     "perplexity prompt_cache",
     "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
-    "bench chat convert explore hf_speculate hf_tokenizer trace",
+    "bench bulk chat convert explore hf_speculate hf_tokenizer trace",
     "cli_chat cli_convert hf_generate ports",
     "hf mistakes verify",
     "check explain hf_auto mutation replay",
