@@ -18,9 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from llama_np.checkpoint import canonical_names, check_names_and_shapes, group_by_layer, locate
-from llama_np.checkpoint import read_folder
-from llama_np.config import Config, config_from_dict, config_to_dict, read_config
+from llama_np.checkpoint import (
+    canonical_names,
+    check_names_and_shapes,
+    group_by_layer,
+    locate,
+    read_checkpoint,
+)
+from llama_np.config import Config, config_from_dict, config_to_dict
 from llama_np.errors import CheckpointError
 from llama_np.experiment import (
     PRECISIONS,
@@ -181,8 +186,8 @@ def open_model(model: Model) -> tuple[Config, ModelWeights]:
     if isinstance(model, tuple):
         return model
     path = locate(model)
-    config = read_config(path)
-    stored = canonical_names(read_folder(path), config)
+    config, in_file = read_checkpoint(path)
+    stored = canonical_names(in_file, config)
     check_names_and_shapes(stored, config, path)
     wanted = {name: tensor for name, tensor in stored.items()}
     arrays = {
@@ -223,9 +228,7 @@ def texts_as_rows(ids: Ids) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, np.int64), np.array(positions, np.int64)
 
 
-def make_run(
-    model: Model, ids: Ids, decode: int = 0, chunks: Sequence[int] | None = None
-) -> Run:
+def make_run(model: Model, ids: Ids, decode: int = 0, chunks: Sequence[int] | None = None) -> Run:
     """The run that `record` records: the texts, then `decode` greedy tokens one at a time."""
     config, weights = open_model(model)
     tokens, positions = texts_as_rows(ids)

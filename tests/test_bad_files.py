@@ -359,7 +359,7 @@ except OSError as problem:
 
 @pytest.mark.parametrize("to", ["hf", "meta", "llama2c"])
 def test_row_27_a_full_disk_leaves_the_old_output(tmp_path: Path, to: str) -> None:
-    sizes = {"head_dim": 4, "rms_norm_eps": 1e-5}
+    sizes: dict[str, Any] = {"head_dim": 4, "rms_norm_eps": 1e-5}
     source = write_checkpoint(tmp_path / "m", **sizes)
     out = tmp_path / "out"
     if to == "llama2c":
@@ -429,12 +429,12 @@ def mutants(content: bytes) -> st.SearchStrategy[bytes]:
 
 def read_everything(path: Path) -> None:
     """Load with its tokenizer, as a person would."""
-    with contextlib.suppress(ALLOWED):
+    with contextlib.suppress(*ALLOWED):
         _, weights = load(path)
         for array in weights.values():
             if isinstance(array, np.ndarray):
                 array.sum()
-    with contextlib.suppress(ALLOWED):
+    with contextlib.suppress(*ALLOWED):
         load_tokenizer(path).encode("a text")
 
 
@@ -516,7 +516,7 @@ def test_mutated_vocabularies_of_llama2c_load_or_are_refused(tmp_path: Path) -> 
     @settings(FUZZ, max_examples=60)
     def check(content: bytes) -> None:
         (tmp_path / "tokenizer.bin").write_bytes(content)
-        with contextlib.suppress(ALLOWED):
+        with contextlib.suppress(*ALLOWED):
             load_tokenizer(tmp_path / "m.bin").encode("a text")
 
     check()
@@ -531,7 +531,7 @@ def test_mutated_json_loads_or_is_refused(tmp_path: Path, name: str) -> None:
     @FUZZ
     def check(content: bytes) -> None:
         (folder / name).write_bytes(content)
-        with contextlib.suppress(ALLOWED):
+        with contextlib.suppress(*ALLOWED):
             load(folder)
 
     check()
@@ -541,7 +541,7 @@ def test_mutated_json_loads_or_is_refused(tmp_path: Path, name: str) -> None:
 @FUZZ
 def test_mutated_safetensors_load_or_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(content)
-    with contextlib.suppress(ALLOWED):
+    with contextlib.suppress(*ALLOWED):
         read_tensors(tmp_path / "m.safetensors")["a"].widened()
 
 
@@ -574,7 +574,7 @@ def test_converting_takes_little_more_memory_than_the_largest_tensor(
     tmp_path: Path, source: str, to: str, dtype: str
 ) -> None:
     # 16 layers of 8 MB, no tensor above 1 MB: 8 GB in 1.5 GB, on the scale of a test.
-    sizes = {"num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 512}
+    sizes: dict[str, Any] = {"num_hidden_layers": 16, "hidden_size": 512, "intermediate_size": 512}
     sizes |= {
         "head_dim": 128,
         "num_attention_heads": 4,

@@ -95,7 +95,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Nothing on standard error."""
 
 

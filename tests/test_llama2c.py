@@ -91,6 +91,7 @@ def run_c(tokens: list[int], w: dict[str, Any]) -> np.ndarray:
     """run.c's forward(), one token and one number at a time, in double precision."""
     w = {k: a.astype(np.float64) for k, a in w.items()}
     cache: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(LAYERS)]
+    x = np.zeros(DIM)
     for position, token in enumerate(tokens):
         x = w["emb"][token].copy()
         for i in range(LAYERS):

@@ -54,8 +54,8 @@ class _Tensor:
 class _Pickler(pickle._Pickler):
     """Python's pickler, which can be told what "torch" is without importing it."""
 
-    def persistent_id(self, thing: Any) -> Any:
-        return thing.reference if isinstance(thing, _Storage) else None
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.reference if isinstance(obj, _Storage) else None
 
 
 def pretend_torch() -> dict[str, ModuleType]:
