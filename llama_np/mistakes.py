@@ -378,8 +378,13 @@ def _frequencies(config: Config) -> np.ndarray:
     return rope.SCALINGS[config.rope_scaling["rope_type"]](config, length)
 
 
+def _times(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """(B, T) and (1, H/2) -> (B, T, H/2), in the precision of the frequencies."""
+    return positions[:, :, None].astype(frequencies.dtype) * frequencies[:, None]
+
+
 def plain_angles(positions: np.ndarray, config: Config) -> np.ndarray:
-    return positions[:, :, None] * _frequencies(config)[:, None]
+    return _times(positions, _frequencies(config))
 
 
 def rounded_angles(
@@ -392,11 +397,11 @@ def rounded_angles(
 def rounded_frequencies(
     rounded: Callable[[np.ndarray], np.ndarray], positions: np.ndarray, config: Config
 ) -> np.ndarray:
-    return positions[:, :, None] * rounded(_frequencies(config))[:, None]
+    return _times(positions, rounded(_frequencies(config)))
 
 
 def rounded_positions(positions: np.ndarray, config: Config) -> np.ndarray:
-    return round_bf16(positions.astype(np.float64))[:, :, None] * _frequencies(config)[:, None]
+    return _times(round_bf16(positions.astype(np.float64)), _frequencies(config))
 
 
 def exponent_over(
@@ -404,7 +409,8 @@ def exponent_over(
 ) -> np.ndarray:
     """theta^(-2j/width) instead of theta^(-2j/H)."""
     exponents = np.arange(0, config.head_dim, 2) / width(config)
-    return positions[:, :, None] / config.rope_theta**exponents
+    frequencies = np.power(config.rope_theta, -exponents).astype(config.rope_angles)
+    return _times(positions, frequencies[None])
 
 
 # Positions and visibility.

@@ -493,13 +493,23 @@ def _table_readings(
         yield np.broadcast_to(rows, (B, len(rows), H)), layout
     elif len(rows) == B * T:
         yield rows.reshape(B, T, H), layout
-    ends = np.cumsum(golden.calls)
-    if len(rows) == ends.sum() != T:  # every call returned the table from position 0
-        picked = [rows[stop - new : stop] for stop, new in
-                  zip(np.cumsum(ends), golden.calls, strict=True)]  # fmt: skip
-        yield np.broadcast_to(np.concatenate(picked), shape), f"{layout} one table per call"
-    elif len(rows) > T:
+    for calls in (golden.calls, _calls_for(len(rows), T)):
+        ends = np.cumsum(calls)
+        if len(rows) == ends.sum() and len(calls) > 1:  # every call returned a whole table
+            stops = np.cumsum(ends)
+            picked = [rows[stop - n : stop] for stop, n in zip(stops, calls, strict=True)]
+            where = np.broadcast_to(np.concatenate(picked), shape)
+            yield where, f"{layout} one table per call".strip()
+    if len(rows) > T:
         yield rows[np.maximum(golden.positions, 0)], f"{layout} table over positions".strip()
+
+
+def _calls_for(rows: int, T: int) -> tuple[int, ...]:
+    """One prefill and single steps whose tables, from position 0 each, have so many rows."""
+    for prompt in range(1, T):
+        if prompt * (prompt - 1) // 2 == T * (T + 1) // 2 - rows:
+            return (prompt,) + (1,) * (T - prompt)
+    return (T,)
 
 
 def _rotary_layouts(name: str, values: np.ndarray, H: int) -> Iterator[tuple[np.ndarray, str]]:

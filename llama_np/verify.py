@@ -131,7 +131,11 @@ def verify(
 def compare(golden: Golden, port: Port) -> Report:
     """All findings about a port, and the verdict that follows from them."""
     problems, notes = list(_token_problems(golden, port)), list(port.notes)
-    findings = [_worst(golden, port, name) for name in in_order(golden.tensors, golden.config)
+    usable = _usable_rows(golden, port)
+    if problems and usable:
+        notes.append(f"compared up to position {usable - 1}, where the tokens are still the same")
+    findings = [_worst(golden, port, name, usable)
+                for name in in_order(golden.tensors, golden.config)
                 if name in port.arrays]  # fmt: skip
     findings = _settle_ambiguous([f for same in findings for f in same])
     findings = _same_rows(findings, golden)
@@ -175,10 +179,19 @@ def _token_problems(golden: Golden, port: Port) -> Iterator[str]:
         yield f"other token ids: {int(mine[b, t])} at position {t}, expected {int(gold[b, t])}"
 
 
-def _worst(golden: Golden, port: Port, name: str) -> list[Finding]:
+def _usable_rows(golden: Golden, port: Port) -> int | None:
+    """How many tokens come before the first other one; None when all can be compared."""
+    mine, gold = port.tokens, golden.tokens
+    if mine is None or mine.shape != gold.shape:
+        return None
+    other = np.flatnonzero(((mine != gold) & (golden.positions >= 0)).any(axis=0))
+    return int(other[0]) or None if len(other) else None
+
+
+def _worst(golden: Golden, port: Port, name: str, usable: int | None) -> list[Finding]:
     """The findings about every array of the dump that may stand for this name."""
     gold, yardstick = golden.tensors[name], limit_base(golden, name, port.precision)
-    return [judge(name, array, gold, yardstick, golden) for array in port.arrays[name]]
+    return [judge(name, array, gold, yardstick, golden, usable) for array in port.arrays[name]]
 
 
 def limit_base(golden: Golden, name: str, precision: str) -> float:
@@ -187,12 +200,17 @@ def limit_base(golden: Golden, name: str, precision: str) -> float:
 
 
 def judge(
-    name: str, array: Array, gold: np.ndarray, yardstick: float, golden: Golden
+    name: str,
+    array: Array,
+    gold: np.ndarray,
+    yardstick: float,
+    golden: Golden,
+    usable: int | None = None,
 ) -> Finding:
     """The best reading of one array against what it should be."""
     best: Finding | None = None
     for view in views(name, array, golden):
-        found = measure(name, view, gold, yardstick, golden)
+        found = measure(name, view, gold, yardstick, golden, usable)
         if best is None or found.error < best.error * 0.5:  # a later reading must be clearly better
             best = found
     if best is not None:
@@ -202,14 +220,22 @@ def judge(
 
 
 def measure(
-    name: str, view: View, gold: np.ndarray, yardstick: float, golden: Golden
+    name: str,
+    view: View,
+    gold: np.ndarray,
+    yardstick: float,
+    golden: Golden,
+    usable: int | None = None,
 ) -> Finding:
-    """Error, peak, status and profiles of one reading of an array."""
+    """Error, peak, status and profiles of one reading of an array, up to the usable rows."""
     axis = row_axis(name)
     n = view.values.shape[axis]
     rows = slice(view.start, view.start + n)
-    target = gold[(slice(None),) * axis + (rows,)]
     mine = cleaned(name, view.values, golden, rows)
+    target = gold[(slice(None),) * axis + (rows,)]
+    if usable is not None:
+        kept = (slice(None),) * axis + (slice(0, max(usable - view.start, 0)),)
+        mine, target = mine[kept], target[kept]
     size = error(mine, target)
     status, peak = grade(mine, target, size, yardstick)
     broken = not np.isfinite(mine).all()

@@ -68,7 +68,7 @@ DESIGNS: dict[str, Design] = {
     ),
     "biased": Design(
         BASE
-        | {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 68, "num_hidden_layers": 3,
+        | {"vocab_size": 97, "hidden_size": 42, "intermediate_size": 68, "num_hidden_layers": 3,
            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 14,
            "rms_norm_eps": 1e-6, "rope_theta": 500.0, "tie_word_embeddings": True,
            "attention_bias": True, "mlp_bias": True},
@@ -77,7 +77,7 @@ DESIGNS: dict[str, Design] = {
     ),
     "llama3": Design(
         BASE
-        | {"vocab_size": 113, "hidden_size": 44, "intermediate_size": 84, "num_hidden_layers": 3,
+        | {"vocab_size": 113, "hidden_size": 56, "intermediate_size": 84, "num_hidden_layers": 3,
            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
