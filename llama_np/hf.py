@@ -243,7 +243,7 @@ class LlamaPreTrainedModel:
         if read.unexpected:
             warnings.warn(f"{str(folder)!r}: ignored {read.unexpected[:10]}", stacklevel=3)
         drawn = {name: self._random(name, shapes[name]) for name in fresh}
-        groups = self._groups(read.arrays() | drawn)
+        groups = self._groups(read.arrays(self._precision) | drawn)
         self._weights = _Weights(lambda: groups)
 
     def _read_generation_config(self, folder: Path) -> None:
@@ -367,6 +367,13 @@ class LlamaPreTrainedModel:
 
     # ------------------------------------------------------------------ running it
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the model does; see the classes."""
+        raise NotImplementedError("LlamaPreTrainedModel is what the models have in common")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A preallocated cache, to be handed in as `past_key_values`."""
         return self.new_cache(batch_size, max_length)
@@ -404,6 +411,8 @@ class LlamaPreTrainedModel:
         visible = visibility(_trimmed(attention_mask, cache, P + T), B, T, P)  # (1|B, 1, T, P+T)
         positions = _position_ids(position_ids, P, T)  # (1|B, T)
         hidden = transform(embedded, weights, self._core, cache, positions, visible, tap)
+        if cache is past_key_values and cache is not None and not use_cache:
+            cache.crop(P)  # it was asked to be read only
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=_past(past_key_values, cache) if use_cache else None,
@@ -579,8 +588,6 @@ class LlamaModel(LlamaPreTrainedModel):
         )
         return _answer(out, return_dict, self.config)
 
-    __call__ = forward
-
 
 FlaxLlamaModel = LlamaModel  # NumPy arrays are what Flax users hand over, too
 
@@ -646,8 +653,6 @@ class LlamaForCausalLM(_WithHead):
             loss=loss, logits=scores[:, -logits_to_keep:], **_without_hidden(base)
         )
         return _answer(out, return_dict, self.config)
-
-    __call__ = forward
 
     # ------------------------------------------------------------------ generating text
 
@@ -813,8 +818,6 @@ class LlamaForSequenceClassification(_WithHead):
         loss = None if labels is None else self._loss(scores, np.asarray(labels))
         out = SequenceClassifierOutputWithPast(loss=loss, logits=scores, **_without_hidden(base))
         return _answer(out, return_dict, self.config)
-
-    __call__ = forward
 
     def _loss(self, scores: Array, labels: Array) -> np.floating:
         """Infer the problem's type where nobody set it, and leave it in the configuration."""

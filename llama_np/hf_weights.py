@@ -38,10 +38,12 @@ class Precision:
     round: Callable[[np.ndarray], np.ndarray] | None = None
 
     def weight(self, array: Any) -> np.ndarray:
-        """The array as the model uses it; bfloat16 matrices rest in two bytes."""
+        """The array as the model uses it; matrices of bfloat16 bits may rest as they are."""
         array = np.asarray(array)
+        if self.name in ("bfloat16", "float32") and array.ndim == 2 and is_bf16(array):
+            return array
         if self.name == "bfloat16" and array.ndim == 2:
-            return array if is_bf16(array) else to_bf16(array.astype(np.float32, copy=False))
+            return to_bf16(array.astype(np.float32, copy=False))
         wide = widen(array).astype(self.compute, copy=False)
         return wide if self.round is None else self.round(wide)
 
@@ -49,7 +51,7 @@ class Precision:
         """The array in the format in which it is saved."""
         if self.name == "bfloat16":
             return Stored("BF16", array if is_bf16(array) else to_bf16(array))
-        return array.astype(np.float16) if self.name == "float16" else array
+        return widen(array).astype(np.float16) if self.name == "float16" else widen(array)
 
 
 PRECISIONS = {
@@ -128,9 +130,11 @@ class Read:
     mismatched: list[str]
     unexpected: list[str]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Numbers, or bfloat16 bits. Errors: CheckpointError for what is neither."""
-        return {name: _raw(name, tensor) for name, tensor in self.tensors.items()}
+    def arrays(self, precision: Precision) -> dict[str, np.ndarray]:
+        """Numbers; for a bfloat16 model the bits. Errors: CheckpointError for what is neither."""
+        keep = precision.name == "bfloat16"
+        raw = {name: _raw(name, tensor) for name, tensor in self.tensors.items()}
+        return raw if keep else {name: widen(array) for name, array in raw.items()}
 
     def check_memory(self, precision: Precision, path: Path) -> None:
         """Errors: MemoryError where the weights would not fit."""

@@ -336,6 +336,11 @@ def test_the_past_counts_without_use_cache_too() -> None:
     out = model(tokens[:, 4:], past_key_values=past, use_cache=False)
     assert_same(out.logits, model(tokens).logits[:, 4:])
     assert out.past_key_values is None
+    cache = model.init_cache(3, 9)
+    model(tokens[:, :4], past_key_values=cache)
+    for _ in range(2):  # the cache is read, not extended
+        out = model(tokens[:, 4:], past_key_values=cache, use_cache=False)
+        assert_same(out.logits, model(tokens).logits[:, 4:])
 
 
 def test_dynamic_scaling_leaves_no_state_behind() -> None:
@@ -455,6 +460,18 @@ def test_weights_are_taken_in_every_layout() -> None:
         assert_same(tiny(seed=5)(tokens, params=layout).logits, expected, 0)
     config, weights = llama_np.load("fairytales")
     assert LlamaForCausalLM(config, weights).num_parameters() > 1e6
+
+
+def test_weights_that_rest_in_two_bytes_stay_there(tmp_path: Path) -> None:
+    small = tiny(dtype="bfloat16")
+    model = LlamaForCausalLM(small.config, small.weights)
+    assert model.dtype == np.float32
+    assert model.weights["lm_head.weight"] is small.weights["lm_head.weight"]
+    widened = LlamaForCausalLM(small.config, small.state_dict())
+    assert_same(model(random_ids()).logits, widened(random_ids()).logits)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert_same(again(random_ids()).logits, widened(random_ids()).logits, 0)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
