@@ -74,7 +74,7 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
 
     Errors: OSError; TokenizerError for a malformed file.
     """
-    path = locate(name)
+    path = locate(name, weights=False)
     format = file_format(path)
     if format == "folder" or path.name.startswith("tokenizer."):
         return open_tokenizer(path)
@@ -89,9 +89,10 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
             raise TokenizerError(str(problem).replace(folder, str(path))) from problem
 
 
-def locate(name: str | os.PathLike[str]) -> Path:
+def locate(name: str | os.PathLike[str], weights: bool = True) -> Path:
     """Where a checkpoint is: a path that exists, a bundled model, or a download from the hub.
 
+    Without `weights`, only the small files are fetched from the hub.
     Errors: FileNotFoundError says what was looked for; those of huggingface_hub, unchanged.
     """
     path = Path(name).expanduser()
@@ -100,7 +101,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
     if isinstance(name, str) and is_bare_file_name(name) and (BUNDLED / name).is_dir():
         return BUNDLED / name
     if isinstance(name, str) and is_hub_name(name):
-        return download(name)
+        return download(name, weights)
     raise FileNotFoundError(
         2, "no such file or folder, no bundled model, and no owner/name of the hub", str(name)
     )
@@ -203,7 +204,8 @@ def _nothing_to_load(folder: Path, wanted: str) -> Exception:
         for found in sorted(folder.glob(pattern)):
             what = f"no {wanted} in this folder; name a file in it, such as {found.name!r}"
             return FileNotFoundError(2, what, str(folder / wanted))
-    return FileNotFoundError(2, f"no {wanted} in this folder", str(folder / wanted))
+    hub = "; pickles are never fetched from the hub" if folder.parent.name == "snapshots" else ""
+    return FileNotFoundError(2, f"no {wanted} in this folder{hub}", str(folder / wanted))
 
 
 def _read_shards(folder: Path, index: Path, mmap: bool) -> dict[str, Stored]:

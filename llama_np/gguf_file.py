@@ -247,18 +247,22 @@ def dequantize(kind: str, blocks: np.ndarray) -> np.ndarray:
     Errors: NotImplementedError for a type that nobody decodes; ModuleNotFoundError for one that
     the package gguf decodes, when it is not installed.
     """
-    if kind in DECODERS:
-        numbers = np.empty((len(blocks), {k[0]: k[1] for k in TYPES.values()}[kind]), np.float32)
-        for first in range(0, len(blocks), STEP):
-            numbers[first : first + STEP] = DECODERS[kind](blocks[first : first + STEP])
-        forget_pages(blocks)
-        return numbers
+    decode = DECODERS[kind] if kind in DECODERS else _borrowed(kind)
+    elements = next(block for name, block, _ in TYPES.values() if name == kind)
+    numbers = np.empty((len(blocks), elements), np.float32)
+    for first in range(0, len(blocks), STEP):
+        numbers[first : first + STEP] = decode(blocks[first : first + STEP])
+    forget_pages(blocks)
+    return numbers
+
+
+def _borrowed(kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The decoder of the package gguf."""
     if kind in UNDECODABLE:
         raise NotImplementedError(f"GGUF tensor type {kind} is not implemented")
     gguf = require("gguf", extra="gguf")
     quants = require("gguf.quants", extra="gguf")
-    decoded: np.ndarray = quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
-    return decoded
+    return lambda blocks: quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
 
 
 def _half(blocks: np.ndarray, byte: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from pathlib import Path
 from llama_np.errors import require
 
 # Never *.bin, *.pth or *.pt: pickles can run code, and nothing here would read them anyway.
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+SMALL = ["*.json", "tokenizer.model", "*.jinja"]
+PATTERNS = [*SMALL, "*.safetensors"]
 # Not the copies that some repositories keep in folders of their own, such as Meta's original/.
 NOT_WANTED = ["*/*"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[^\s@:\\]{1,255})?", re.ASCII)
@@ -20,10 +21,11 @@ def is_hub_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not name.endswith(_FILE_ENDINGS)
 
 
-def download(name: str) -> Path:
+def download(name: str, weights: bool = True) -> Path:
     """The folder of a snapshot in the hub's cache, fetched if it is not there yet.
 
-    `name` is owner/name[@revision]: a branch, a tag or a commit. Without a network, or with the
+    `name` is owner/name[@revision]: a branch, a tag or a commit. Without `weights`, only the
+    configuration and the tokenizer are fetched. Without a network, or with the
     hub's own offline switch (HF_HUB_OFFLINE=1), the cache is used as it is.
     Errors: ModuleNotFoundError without huggingface_hub; its own errors, unchanged (a missing
     repository or an empty cache is an OSError, a bad name a ValueError).
@@ -37,7 +39,7 @@ def download(name: str) -> Path:
     folder = hub.snapshot_download(
         repository,
         revision=revision or None,
-        allow_patterns=PATTERNS,
+        allow_patterns=PATTERNS if weights else SMALL,
         ignore_patterns=NOT_WANTED,
     )
     return Path(folder)

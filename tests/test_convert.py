@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from llama_np import hidden_states, logits
 from llama_np.checkpoint import load, load_tokenizer, read_folder
 from llama_np.cli import main
 from llama_np.convert import convert
-from llama_np.errors import CheckpointError, ConfigError
+from llama_np.errors import CheckpointError, ConfigError, TokenizerError
 from llama_np.meta import hidden_size_of
 from llama_np.precision import to_bf16, widen_bf16
 from llama_np.weights import Stored, save_tensors
@@ -289,3 +292,73 @@ def test_the_command_leaves_nothing_after_ctrl_c(
     monkeypatch.setattr("llama_np.convert.write_atomically", interrupt)
     assert main(["convert", str(tmp_path / "meta"), str(tmp_path / "hf")]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def test_llama3s_vocabulary_becomes_a_tokenizer_json(tmp_path: Path) -> None:
+    """Against byte pairs merged by rank, as tiktoken defines them."""
+    words = [
+        b"th",
+        b"he",
+        b" t",
+        b" th",
+        b"the",
+        b" the",
+        b"in",
+        b"12",
+        b"123",
+        b"\xc3\xa9",
+        b"\n\n",
+    ]
+    ranks = {bytes([b]): b for b in range(256)} | {w: 256 + i for i, w in enumerate(words)}
+    lines = [base64.b64encode(word) + b" %d\n" % rank for word, rank in ranks.items()]
+    meta_folder(tmp_path / "meta", PARAMS)
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
+    convert(tmp_path / "meta", tmp_path / "hf")
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    text = "the the th\xe9in 12345\n\n"
+    assert tokenizer.encode(text, bos=False) == [
+        rank for chunk in cut(text) for rank in merged_by_rank(chunk, ranks)
+    ]
+    first = len(ranks)
+    assert tokenizer.encode("")[:1] == [first]  # <|begin_of_text|>
+    assert tokenizer.tokens([first + 9, first + 255]) == [
+        "<|eot_id|>",
+        "<|reserved_special_token_247|>",
+    ]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def cut(text: str) -> list[bytes]:
+    """LLaMA 3's rule, for the letters, digits and spaces of the test above."""
+    parts = re.findall(r" ?[^\W\d]+|\d{1,3}| ?[^\s\w]+|\s*\n+|\s+", text)
+    return [part.encode() for part in parts]
+
+
+def merged_by_rank(chunk: bytes, ranks: dict[bytes, int]) -> list[int]:
+    if chunk in ranks:
+        return [ranks[chunk]]
+    parts = [bytes([byte]) for byte in chunk]
+    while True:
+        pairs = [
+            (ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(itertools.pairwise(parts))
+        ]
+        rank, place = min(pairs, default=(1 << 30, 0))
+        if rank == 1 << 30:
+            return [ranks[part] for part in parts]
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+
+
+@pytest.mark.parametrize("damage", [b"!!! 0\n", b"AA== 7\n", b"AA==\n"])
+def test_damaged_vocabularies_of_llama3_are_refused(tmp_path: Path, damage: bytes) -> None:
+    lines = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)]
+    meta_folder(tmp_path / "meta", PARAMS)
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(b"".join(lines) + damage)
+    with pytest.raises(TokenizerError, match=r"line 257"):
+        convert(tmp_path / "meta", tmp_path / "hf")
+
+
+def test_an_inner_model_object_in_params_json_is_unwrapped(tmp_path: Path) -> None:
+    meta_folder(tmp_path / "meta", PARAMS)
+    (tmp_path / "meta" / "params.json").write_text(json.dumps({"model": PARAMS}))
+    convert(tmp_path / "meta", tmp_path / "hf")
+    assert load(tmp_path / "hf")[0].hidden_size == PARAMS["dim"]

@@ -156,6 +156,14 @@ def test_a_checkpoint_comes_from_the_hub_without_its_pickles(tmp_path: Path) -> 
         assert again.stdout == result.stdout, again.stderr
 
 
+def test_a_tokenizer_comes_without_the_weights(tmp_path: Path) -> None:
+    code = "from llama_np import load_tokenizer; print(load_tokenizer('owner/tales').encode('A'))"
+    with hub_server() as (url, asked):
+        result = run_with_hub(url, tmp_path, code)
+        assert result.stdout.startswith("["), result.stderr
+        assert not any(path.endswith(".safetensors") for path in asked)
+
+
 def test_a_revision_can_be_pinned(tmp_path: Path) -> None:
     with hub_server() as (url, _):
         code = "from llama_np.checkpoint import locate; print(locate('owner/tales@v2').name)"
