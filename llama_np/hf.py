@@ -204,6 +204,7 @@ class LlamaPreTrainedModel:
         name = pretrained_model_name_or_path
         folder = locate(name if revision is None else f"{name}@{revision}")
         config = _config_for(folder, config, kwargs)
+        config._name_or_path = str(name)
         read = hf_weights.read_weights(folder, config.core(), cls._head, mmap)
         chosen = _either(_either(dtype, torch_dtype), "float32")
         if isinstance(chosen, str) and chosen == "auto":

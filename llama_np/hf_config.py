@@ -356,9 +356,7 @@ class LlamaConfig:
         Keywords are set as attributes afterwards; with `return_unused_kwargs=True` the result
         is (config, those that no attribute is called). Errors: OSError, ConfigError.
         """
-        values = cls.get_config_dict(pretrained_model_name_or_path)[0]
-        values["_name_or_path"] = str(pretrained_model_name_or_path)
-        return cls.from_dict(values, **kwargs)
+        return cls.from_dict(cls.get_config_dict(pretrained_model_name_or_path)[0], **kwargs)
 
     @classmethod
     def get_config_dict(
@@ -467,19 +465,17 @@ def checked_rope_scaling(scaling: Any) -> dict[str, Any] | None:
         raise ConfigError(f"{two_fields}, got {scaling!r}")
     rest = dict(scaling)
     old, new = rest.pop("type", None), rest.pop("rope_type", None)
-    if new == "default" or (old == "default" and new is None):
-        return None
-    if new is None and old not in ("llama3", "yarn", "longrope", "linear", "dynamic"):
+    if new is None and old not in ("default", "llama3", "yarn", "longrope"):  # as 4.37.2 has it
         if len(scaling) != 2:
             raise ConfigError(f"{two_fields}, got {scaling!r}")
-        raise ConfigError(
-            f"`rope_scaling`'s type field must be one of ['linear', 'dynamic'], got {old}"
-        )
-    if (new or old) not in ("linear", "dynamic") or rest.keys() - {"factor"}:
-        return dict(scaling)
-    if "factor" not in rest:
-        raise ConfigError(f"{two_fields}, got {scaling!r}")
-    return {"type": new or old, "factor": _checked_factor(rest["factor"], new is not None)}
+        if old not in ("linear", "dynamic"):
+            raise ConfigError(
+                f"`rope_scaling`'s type field must be one of ['linear', 'dynamic'], got {old}"
+            )
+    kind = new or old
+    if kind in ("linear", "dynamic") and not rest.keys() - {"factor"}:
+        return {"type": kind, "factor": _checked_factor(rest.get("factor"), new is not None)}
+    return None if kind == "default" else dict(scaling)
 
 
 def _checked_factor(factor: Any, newer_spelling: bool) -> float:
