@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_np import __version__, cli_chat, cli_convert
+from llama_np import __version__, cli_chat, cli_convert, cli_oracle
 from llama_np.terminal import Progress, note, visible, write
 
 
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     cli_chat.add_commands(commands, add_generation_options)
     cli_convert.add_commands(commands)
+    cli_oracle.add_commands(commands)
     return parser
 
 

@@ -493,7 +493,7 @@ def _table_readings(
         yield np.broadcast_to(rows, (B, len(rows), H)), layout
     elif len(rows) == B * T:
         yield rows.reshape(B, T, H), layout
-    for calls in (golden.calls, _calls_for(len(rows), T)):
+    for calls in dict.fromkeys([golden.calls, *_calls_for(len(rows), T)]):
         ends = np.cumsum(calls)
         if len(rows) == ends.sum() and len(calls) > 1:  # every call returned a whole table
             stops = np.cumsum(ends)
@@ -504,12 +504,15 @@ def _table_readings(
         yield rows[np.maximum(golden.positions, 0)], f"{layout} table over positions".strip()
 
 
-def _calls_for(rows: int, T: int) -> tuple[int, ...]:
-    """One prefill and single steps whose tables, from position 0 each, have so many rows."""
+def _calls_for(rows: int, T: int) -> Iterator[tuple[int, ...]]:
+    """Prefills in one or two calls, and single steps, whose tables have so many rows in all."""
     for prompt in range(1, T):
-        if prompt * (prompt - 1) // 2 == T * (T + 1) // 2 - rows:
-            return (prompt,) + (1,) * (T - prompt)
-    return (T,)
+        steps = (T * (T + 1) - prompt * (prompt + 1)) // 2  # tables from position 0 each
+        first = rows - steps - prompt
+        if first == 0:
+            yield (prompt,) + (1,) * (T - prompt)
+        elif 0 < first < prompt:
+            yield (first, prompt - first) + (1,) * (T - prompt)
 
 
 def _rotary_layouts(name: str, values: np.ndarray, H: int) -> Iterator[tuple[np.ndarray, str]]:

@@ -34,7 +34,8 @@ LEVELS = [
     "bench bulk chat convert explore hf_speculate hf_tokenizer trace",
     "cli_chat cli_convert hf_generate ports",
     "hf mistakes verify",
-    "check explain hf_auto mutation replay",
+    "check explain hf_auto mutation replay report scalars",
+    "cli_oracle",
     "cli",
     "__init__ __main__",
 ]
