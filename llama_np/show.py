@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,11 @@ class Html(str):
 
     def _repr_html_(self) -> str:
         return str(self)
+
+    def __repr__(self) -> str:
+        """The text without the markup, for terminals and for comparing notebooks."""
+        rows = self.replace("</tr>", "\n").replace("</td>", " ").replace("</th>", " ")
+        return html.unescape(re.sub("<[^>]+>", "", rows)).strip()
 
 
 def source(function: Callable[..., Any]) -> Html:
@@ -160,31 +166,29 @@ def lines(
     log: str = "",
 ) -> Any:
     """Curves over a common x; `title` states the finding. `log` is "x", "y" or "xy"."""
-    figure, axes = style().subplots()
+    _, axes = style().subplots()
     for label, y in curves.items():
         axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None, markersize=4)
     if "x" in log:
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
-    _finish(axes, title, xlabel, ylabel)
     if len(curves) > 1:
         axes.legend(loc="best")
-    return figure
+    return _finish(axes, title, xlabel, ylabel)
 
 
 def bars(
     labels: Sequence[str], heights: Sequence[float] | np.ndarray, title: str, ylabel: str
 ) -> Any:
     """One bar per label."""
-    figure, axes = style().subplots()
+    _, axes = style().subplots()
     places = np.arange(len(labels))
     axes.bar(places, heights, color=CYCLE[0])
     longest = max(map(len, labels), default=0)
     turned = {"rotation": 40, "ha": "right"} if longest * len(labels) > 60 else {}
     axes.set_xticks(places, labels, **turned)
-    _finish(axes, title, "", ylabel)
-    return figure
+    return _finish(axes, title, "", ylabel)
 
 
 def heatmap(
@@ -210,8 +214,7 @@ def heatmap(
         axes.set_xticks(np.arange(len(columns)), columns, rotation=50, ha="right")
     if rows is not None:
         axes.set_yticks(np.arange(len(rows)), rows)
-    _finish(axes, title, xlabel, ylabel)
-    return figure
+    return _finish(axes, title, xlabel, ylabel)
 
 
 def attention(
@@ -243,10 +246,17 @@ def attention(
             if head == 0:
                 axes.set_ylabel(f"layer {layer}", fontsize=8)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return finish(figure)
+
+
+def finish(figure: Any) -> Any:
+    """Return the figure as a cell's value: closed, so that a notebook shows it once only."""
+    style().close(figure)
     return figure
 
 
-def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> Any:
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    return finish(axes.figure)
