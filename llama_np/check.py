@@ -12,13 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from llama_np import layers, model, precision, rope, sampling
 from llama_np.activations import gelu, silu
+from llama_np.cache import NoCache
+from llama_np.checkpoint import load_tokenizer
 from llama_np.config import Config, config_from_dict
+
+UNKNOWN = "no known mistake does this"
 
 Answer = Callable[..., Any]
 Inputs = Sequence[tuple[Any, ...]]
@@ -73,21 +78,29 @@ def examine(exercise: Exercise, attempt: Answer) -> Result:
         found = [_arrays(attempt(*_copies(case))) for case in cases]
     except NotImplementedError:
         return Result(None, "not attempted")
-    for mine, theirs in zip(found, expected, strict=True):
-        wrong = _wrong_shape(mine, theirs, exercise.axes)
-        if wrong:
-            return Result(False, wrong)
-    error, exactly = _difference(found, expected)
+    misshapen = [_wrong_shape(*pair, exercise.axes) for pair in zip(found, expected, strict=True)]
+    error, exactly = math.inf, False
+    details = []
+    if not any(misshapen):
+        error, exactly = _difference(found, expected)
+        details = [f"  exact: {exactly}, largest difference: {error:.1e}"]
     tolerance = 0.0 if exercise.exact else 1e-9  # float64 inputs: rounding stays below 1e-12
-    summary = f"exact: {exactly}, largest difference: {error:.1e}"
     if error <= tolerance:
-        return Result(True, "correct", details=[f"  {summary}"])
+        return Result(True, "correct", details=details)
+    mistake = _recognized(exercise, cases, found)
+    meaning = f"this is {mistake.id}: {mistake.explanation}" if mistake else UNKNOWN
+    details.append(f"  {meaning}")
+    message = next(filter(None, misshapen), "not yet")
+    return Result(False, message, mistake.id if mistake else None, details)
+
+
+def _recognized(exercise: Exercise, cases: Inputs, found: list[list[np.ndarray]]) -> Mistake | None:
+    """The known mistake that gives the same wrong answers."""
     for mistake in exercise.mistakes:
-        wrong_answers = [_arrays(mistake.answer(*_copies(case))) for case in cases]
-        if _same_shapes(found, wrong_answers) and _difference(found, wrong_answers)[0] <= 1e-9:
-            details = [f"  {summary}", f"  this is {mistake.id}: {mistake.explanation}"]
-            return Result(False, "not yet", mistake.id, details)
-    return Result(False, "not yet", details=[f"  {summary}", "  no known mistake does this"])
+        wrong = [_arrays(mistake.answer(*_copies(case))) for case in cases]
+        if _same_shapes(found, wrong) and _difference(found, wrong)[0] <= 1e-9:
+            return mistake
+    return None
 
 
 def _copies(case: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -133,6 +146,109 @@ def _difference(one: list[list[np.ndarray]], other: list[list[np.ndarray]]) -> t
 def _random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed + sum(shape)).standard_normal(shape)
 
+
+# ------------------------------------------------------------------ 01 tokens
+
+TEXTS = (
+    "Once upon a time",
+    "the king's daughter",
+    "a a  a",
+    "she said: »Öffne die Tür!«",
+    "grandmother",
+    "wolf\nwolf",
+    "123, 4.5",
+    "日本 🐺",
+    "x",
+    "whatsoever happened thereafter",
+    "Rumpelstiltskin",
+    "",
+)
+
+
+def _vocabulary() -> dict[str, int]:
+    tokenizer = load_tokenizer("fairytales")
+    ids = range(tokenizer.vocab_size)
+    return dict(zip(tokenizer.tokens(ids), ids, strict=True))
+
+
+def _encode_inputs() -> Inputs:
+    vocabulary = _vocabulary()
+    return [(text, vocabulary) for text in TEXTS]
+
+
+def _encode(text: str, vocabulary: dict[str, int]) -> np.ndarray:
+    return np.array(load_tokenizer("fairytales").encode(text, bos=False), np.int64)
+
+
+def _ids(pieces: Sequence[str], vocabulary: dict[str, int], bytes_: bool = True) -> np.ndarray:
+    """The ids of pieces; a character that is none becomes its UTF-8 bytes."""
+    ids: list[int] = []
+    for piece in pieces:
+        if piece in vocabulary or not bytes_:
+            ids.append(vocabulary.get(piece, vocabulary["<unk>"]))
+        else:
+            ids += [vocabulary[f"<0x{byte:02X}>"] for byte in piece.encode()]
+    return np.array(ids, np.int64)
+
+
+def _merged(pieces: list[str], vocabulary: dict[str, int], lowest: bool = True) -> list[str]:
+    """Join neighbours: always the pair with the lowest id, or simply the leftmost pair."""
+    while True:
+        pairs = [a + b for a, b in pairwise(pieces)]
+        known = [
+            (vocabulary[p] if lowest else i, i) for i, p in enumerate(pairs) if p in vocabulary
+        ]
+        if not known:
+            return pieces
+        at = min(known)[1]
+        pieces[at : at + 2] = [pairs[at]]
+
+
+def _encode_with(
+    prefix: bool = True, lowest: bool = True, bytes_: bool = True, merges: bool = True
+) -> Callable[[str, dict[str, int]], np.ndarray]:
+    def encode(text: str, vocabulary: dict[str, int]) -> np.ndarray:
+        characters = list(("▁" if prefix and text else "") + text.replace(" ", "▁"))
+        pieces = _merged(characters, vocabulary, lowest) if merges else characters
+        return _ids(pieces, vocabulary, bytes_)
+
+    return encode
+
+
+def _encode_longest(text: str, vocabulary: dict[str, int]) -> np.ndarray:
+    rest, pieces = ("▁" + text if text else "").replace(" ", "▁"), []
+    while rest:
+        ends = range(len(rest), 0, -1)
+        end = next((end for end in ends if rest[:end] in vocabulary), 1)
+        pieces.append(rest[:end])
+        rest = rest[end:]
+    return _ids(pieces, vocabulary)
+
+
+ENCODE_MISTAKES = (
+    Mistake("prefix_missing", "no space is put in front of the text", _encode_with(prefix=False)),
+    Mistake("merges_missing", "characters are never merged", _encode_with(merges=False)),
+    Mistake(
+        "merges_leftmost",
+        "the leftmost pair is merged first, not the pair with the lowest id",
+        _encode_with(lowest=False),
+    ),
+    Mistake(
+        "longest_piece_first",
+        "the longest piece is cut off at the left again and again, which is another algorithm",
+        _encode_longest,
+    ),
+    Mistake(
+        "bytes_missing",
+        "an unknown character becomes <unk> instead of its UTF-8 bytes",
+        _encode_with(bytes_=False),
+    ),
+    Mistake(
+        "bos_doubled",
+        "the BOS is put in front, which is not part of the text",
+        lambda text, vocabulary: np.array([vocabulary["<s>"], *_encode(text, vocabulary)]),
+    ),
+)
 
 # ------------------------------------------------------------------ 02 RMSNorm
 
@@ -373,6 +489,94 @@ MLP_MISTAKES = (
         "down_missing",
         "the down projection is left out",
         lambda x, gate, up, down: silu(x @ gate.T) * (x @ up.T),
+    ),
+)
+
+# ------------------------------------------------------------------ 06 the whole model
+
+
+def _model_inputs() -> Inputs:
+    cases = []
+    for B, T, L, K in ((2, 5, 3, 2), (1, 1, 2, 1)):
+        sizes = {"hidden_size": 24, "intermediate_size": 20, "vocab_size": 11}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": K, "num_hidden_layers": L}
+        config = config_from_dict(sizes | heads)
+        tokens = np.random.default_rng(L).integers(0, config.vocab_size, (B, T))
+        cases.append((tokens, _random_weights(config), config))
+    return cases
+
+
+def _random_weights(config: Config) -> dict[str, Any]:
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes = {
+        "input_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (config.num_attention_heads * config.head_dim, D),
+        "self_attn.k_proj.weight": (config.num_key_value_heads * config.head_dim, D),
+        "self_attn.v_proj.weight": (config.num_key_value_heads * config.head_dim, D),
+        "self_attn.o_proj.weight": (D, config.num_attention_heads * config.head_dim),
+        "post_attention_layernorm.weight": (D,),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
+    weights: dict[str, Any] = {"model.embed_tokens.weight": _random(V, D) / 4}
+    for i in range(config.num_hidden_layers):
+        arrays = {n: _random(*s, seed=9 * i + j) / 4 for j, (n, s) in enumerate(shapes.items())}
+        weights[f"model.layers.{i}"] = arrays
+    return weights | {"model.norm.weight": _random(D, seed=3)}
+
+
+def _model_with(
+    final_norm: bool = True,
+    rotated: bool = True,
+    causal: bool = True,
+    layer: Callable[[int, int], int] = lambda i, count: i,
+    start: Callable[[np.ndarray, Config], np.ndarray] = lambda x, config: x,
+    left_out: int = 0,
+    added_again: bool = False,
+) -> Answer:
+    """The model, put together with one thing changed."""
+
+    def states(tokens: np.ndarray, weights: dict[str, Any], config: Config) -> np.ndarray:
+        x = start(layers.embed(tokens, weights["model.embed_tokens.weight"]), config)
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        angles = positions if rotated else np.zeros_like(positions)
+        turns = rope.tables(angles, np.full((1, 1), tokens.shape[1]), config, x.dtype)
+        visible = model.causal(positions, positions * causal)
+        for i in range(config.num_hidden_layers - left_out):
+            w = weights[f"model.layers.{layer(i, config.num_hidden_layers)}"]
+            output = layers.decoder_layer(x, w, turns, visible, config, NoCache().store(i))
+            x = x + output if added_again else output
+        eps = config.rms_norm_eps
+        return layers.rms_norm("model.norm", x, weights, eps) if final_norm else x
+
+    return states
+
+
+MODEL_MISTAKES = (
+    Mistake("final_norm_missing", "the final norm is missing", _model_with(final_norm=False)),
+    Mistake("rope_not_applied", "every token has position 0", _model_with(rotated=False)),
+    Mistake("causal_mask_missing", "the future can be looked at", _model_with(causal=False)),
+    Mistake(
+        "layers_reversed",
+        "the layers run in the opposite order",
+        _model_with(layer=lambda i, count: count - 1 - i),
+    ),
+    Mistake(
+        "layer_repeated",
+        "every layer uses the first one's weights",
+        _model_with(layer=lambda i, n: 0),
+    ),
+    Mistake("layer_left_out", "the last layer is missing", _model_with(left_out=1)),
+    Mistake(
+        "residual_twice",
+        "the layer's input is added to its output, which contains it already",
+        _model_with(added_again=True),
+    ),
+    Mistake(
+        "embedding_scaled",
+        "the embedding is multiplied by sqrt(D), as Gemma does",
+        _model_with(start=lambda x, config: x * math.sqrt(config.hidden_size)),
     ),
 )
 
@@ -655,6 +859,7 @@ BF16_MISTAKES = (
 EXERCISES = {
     exercise.name: exercise
     for exercise in (
+        Exercise("encode", "(T,)", _encode, _encode_inputs, ENCODE_MISTAKES, exact=True),
         Exercise("rms_norm", "(B, T, D)", _rms_norm, _norm_inputs, NORM_MISTAKES),
         Exercise("rotate", "(B, N, T, H)", _rotate, _rope_inputs, ROPE_MISTAKES),
         Exercise(
@@ -673,6 +878,7 @@ EXERCISES = {
             _mlp_inputs,
             MLP_MISTAKES,
         ),
+        Exercise("hidden_states", "(B, T, D)", model.hidden_states, _model_inputs, MODEL_MISTAKES),
         Exercise("store", "(B, K, S, H)", _all_stored, _cache_inputs, CACHE_MISTAKES, exact=True),
         Exercise(
             "batch",
