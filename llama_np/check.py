@@ -83,7 +83,7 @@ def examine(exercise: Exercise, attempt: Answer) -> Result:
     details = []
     if not any(misshapen):
         error, exactly = _difference(found, expected)
-        details = [f"  exact: {exactly}, largest difference: {error:.1e}"]
+        details = [f"  {_closeness(error, exactly)}"]
     tolerance = 0.0 if exercise.exact else 1e-9  # float64 inputs: rounding stays below 1e-12
     if error <= tolerance:
         return Result(True, "correct", details=details)
@@ -92,6 +92,12 @@ def examine(exercise: Exercise, attempt: Answer) -> Result:
     details.append(f"  {meaning}")
     message = next(filter(None, misshapen), "not yet")
     return Result(False, message, mistake.id if mistake else None, details)
+
+
+def _closeness(error: float, exactly: bool) -> str:
+    if exactly:
+        return "exact"
+    return "equal within rounding" if error <= 1e-9 else f"largest difference: {error:.1e}"
 
 
 def _recognized(exercise: Exercise, cases: Inputs, found: list[list[np.ndarray]]) -> Mistake | None:
