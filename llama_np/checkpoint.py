@@ -156,7 +156,7 @@ def read_single(path: Path, format: str, mmap: bool) -> Source:
     if mmap:
         return source
     copies = {
-        name: t.mapped(copy_of_view) if t.is_mapped else t for name, t in source.tensors.items()
+        name: t.apply(copy_of_view) if t.is_mapped else t for name, t in source.tensors.items()
     }
     return replace(source, tensors=copies)
 

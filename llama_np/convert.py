@@ -360,3 +360,5 @@ def _write_llama2c(
     write_llama2c(out, config_to_dict(config), tensors, version, overwrite, progress)
     if vocabulary is not None:
         write_tokenizer_bin(beside, parse_pieces(vocabulary), overwrite)
+    elif files:
+        warnings.warn("no tokenizer.bin: run.c knows SentencePiece vocabularies only", stacklevel=3)

@@ -82,7 +82,9 @@ def atomic_file(path: PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
         what = "file exists" if target.is_file() else "exists and is not a regular file"
         raise FileExistsError(errno.EEXIST, what, str(path))
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.partial")
-    with open(temporary, "xb") as file:
+    with _named_after(path):
+        opened = temporary.open("xb")
+    with opened as file:
         try:
             yield file
             file.flush()
@@ -110,7 +112,8 @@ def atomic_folder(path: PathLike, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     _check_replaceable(target, overwrite)
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
+    with _named_after(path):
+        partial.mkdir()
     try:
         yield partial
         sync_folder(partial)
@@ -119,6 +122,17 @@ def atomic_folder(path: PathLike, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_folder(target.parent)
+
+
+@contextmanager
+def _named_after(path: PathLike) -> Iterator[None]:
+    """Let errors name the file that was asked for, not the temporary one."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = str(path)
+        problem.filename2 = None
+        raise
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

@@ -263,4 +263,4 @@ def _piece(tensor: Stored, axis: int | None, number: int, shards: int) -> Stored
     width = tensor.shape[axis] // shards
     cut = (slice(None),) * axis + (slice(number * width, (number + 1) * width),)
     shape = (*tensor.shape[:axis], width, *tensor.shape[axis + 1 :])
-    return tensor.mapped(lambda array: array[cut], shape)
+    return tensor.apply(lambda array: array[cut], shape)

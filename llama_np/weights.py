@@ -110,7 +110,7 @@ class Stored:
             return table[self.array]
         return self.array
 
-    def mapped(
+    def apply(
         self,
         function: Callable[[np.ndarray], np.ndarray],
         shape: tuple[int, ...] | None = None,
@@ -437,4 +437,4 @@ def reorder_heads(
         forget_pages(array)
         return result
 
-    return tensor.mapped(reordered)
+    return tensor.apply(reordered)

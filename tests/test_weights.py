@@ -351,8 +351,10 @@ def test_existing_files_links_pipes_and_modes(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError):
             save_tensors(target, {"x": np.ones(2)}, overwrite=True)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
-    with pytest.raises(FileNotFoundError):
-        save_tensors(tmp_path / "nowhere" / "m.safetensors", {"x": np.ones(2)})
+    nowhere = tmp_path / "nowhere" / "m.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors(nowhere, {"x": np.ones(2)})
+    assert caught.value.filename == str(nowhere)
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
