@@ -251,7 +251,8 @@ def dequantize(kind: str, blocks: np.ndarray) -> np.ndarray:
     elements = next(block for name, block, _ in TYPES.values() if name == kind)
     numbers = np.empty((len(blocks), elements), np.float32)
     for first in range(0, len(blocks), STEP):
-        numbers[first : first + STEP] = decode(blocks[first : first + STEP])
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite scales are legal
+            numbers[first : first + STEP] = decode(blocks[first : first + STEP])
     forget_pages(blocks)
     return numbers
 

@@ -363,7 +363,7 @@ class LlamaConfig:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of config.json, and the keywords."""
-        path = locate(pretrained_model_name_or_path)
+        path = locate(pretrained_model_name_or_path, weights=False)
         return read_json(path) if path.suffix == ".json" else read_values(path), kwargs
 
     @classmethod

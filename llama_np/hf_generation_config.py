@@ -118,7 +118,7 @@ class GenerationConfig:
         cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any
     ) -> GenerationConfig:
         """Read generation_config.json of a folder or a bundled checkpoint; keywords override."""
-        values = read_json(locate(pretrained_model_name) / FILE)
+        values = read_json(locate(pretrained_model_name, weights=False) / FILE)
         return cls(**{**values, **kwargs})
 
     @classmethod

@@ -735,7 +735,7 @@ class LlamaTokenizerBase:
             key = "tokenizer_file" if path.suffix == ".json" else "vocab_file"
             found, saved = {key: path}, cls._saved(None, options)
         else:
-            folder = locate(name)
+            folder = locate(name, weights=False)
             files = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
             found = {key: folder / file for key, file in files.items() if (folder / file).exists()}
             saved = cls._saved(folder, options)

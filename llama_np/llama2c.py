@@ -219,7 +219,8 @@ def _tensor(
     size = header.group_size
 
     def dequantized() -> np.ndarray:
-        array = (numbers.reshape(-1, size) * scale.array).reshape(shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite scales are legal
+            array = (numbers.reshape(-1, size) * scale.array).reshape(shape)
         forget_pages(numbers)
         return array
 
