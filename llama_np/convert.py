@@ -308,7 +308,12 @@ def hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:
     standard = config.head_dim * config.num_attention_heads == config.hidden_size
     if standard:  # older versions do not know the key, and newer ones compute it
         values.pop("head_dim")
-    if len(config.id2label) == 2:
+    if set(config.rope_scaling) == {"rope_type", "factor"}:  # the older spelling, read by all
+        values["rope_scaling"] = {
+            "type": config.rope_scaling["rope_type"],
+            "factor": float(config.rope_scaling["factor"]),
+        }
+    if list(config.id2label.values()) == ["LABEL_0", "LABEL_1"]:  # the default
         values.pop("id2label")
         values.pop("label2id")
     return {k: v for k, v in values.items() if v is not None} | {"torch_dtype": dtype}

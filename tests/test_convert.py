@@ -362,3 +362,19 @@ def test_an_inner_model_object_in_params_json_is_unwrapped(tmp_path: Path) -> No
     (tmp_path / "meta" / "params.json").write_text(json.dumps({"model": PARAMS}))
     convert(tmp_path / "meta", tmp_path / "hf")
     assert load(tmp_path / "hf")[0].hidden_size == PARAMS["dim"]
+
+
+def test_rope_scaling_is_spelled_so_that_every_version_reads_it(tmp_path: Path) -> None:
+    meta_folder(tmp_path / "meta", PARAMS)
+    convert(tmp_path / "meta", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"rope_scaling": {"rope_type": "linear", "factor": 2}}))
+    convert(tmp_path / "hf", tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["rope_scaling"] == {"type": "linear", "factor": 2.0}
+
+
+def test_labels_of_a_classifier_are_kept(tmp_path: Path) -> None:
+    convert("fairytales", tmp_path / "hf")
+    assert load(tmp_path / "hf")[0].id2label == load("fairytales")[0].id2label
