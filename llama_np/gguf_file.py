@@ -238,7 +238,7 @@ def _stored(info: _Info, data: np.ndarray, begin: int, stop: int) -> Stored:
     if block == 1:
         return stored_view(data, Entry(kind, info.shape, begin, stop))
     blocks = data[begin:stop].reshape(-1, width)
-    return Stored("F32", lambda: dequantize(kind, blocks).reshape(info.shape), info.shape)
+    return Stored("F32", lambda: dequantize(kind, blocks).reshape(info.shape), info.shape, kind)
 
 
 def dequantize(kind: str, blocks: np.ndarray) -> np.ndarray:

@@ -55,7 +55,7 @@ def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str
         ),
         "bytes_resident": sum(resident_bytes(t, dtype) for _, t in unique.values()),
         "bytes_per_cached_token": cache_bytes_per_token(config, dtype),
-        "dtypes": sorted({tensor.dtype for tensor in stored.values()}),
+        "dtypes": sorted({tensor.resting for tensor in stored.values()}),
         "shapes": {name: list(tensor.shape) for name, tensor in stored.items()},
         "config": config_to_dict(config),
         "config_sources": dict(config.sources),

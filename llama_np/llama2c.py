@@ -224,7 +224,7 @@ def _tensor(
         forget_pages(numbers)
         return array
 
-    return Stored("F32", dequantized, shape), stop
+    return Stored("F32", dequantized, shape, "int8"), stop
 
 
 def _config(header: Header) -> dict[str, Any]:

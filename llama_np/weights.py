@@ -62,18 +62,21 @@ class Stored:
     """A tensor as it rests in a file: its safetensors dtype name, and its raw elements.
 
     Instead of an array there may be a function that makes it each time that it is asked for
-    (the tensor must be read, dequantized or permuted); then `shape` is given too.
+    (the tensor must be read, dequantized or permuted); then `shape` is given too. `resting` names
+    the format in the file, where that is another one: "Q8_0" for numbers that become "F32".
     """
 
-    __slots__ = ("_array", "_read", "dtype", "shape")
+    __slots__ = ("_array", "_read", "dtype", "resting", "shape")
 
     def __init__(
         self,
         dtype: str,
         array: np.ndarray | Callable[[], np.ndarray],
         shape: tuple[int, ...] | None = None,
+        resting: str | None = None,
     ) -> None:
         self.dtype = dtype
+        self.resting = dtype if resting is None else resting
         self._array = array if isinstance(array, np.ndarray) else None
         self._read = None if isinstance(array, np.ndarray) else array
         self.shape = array.shape if isinstance(array, np.ndarray) else tuple(shape or ())
@@ -117,7 +120,8 @@ class Stored:
         dtype: str | None = None,
     ) -> Stored:
         """The tensor that `function` makes of this one, when it is asked for."""
-        return Stored(dtype or self.dtype, lambda: function(self.array), shape or self.shape)
+        kind = dtype or self.dtype
+        return Stored(kind, lambda: function(self.array), shape or self.shape, self.resting)
 
     def __repr__(self) -> str:
         return f"Stored({self.dtype!r}, shape={self.shape})"

@@ -16,6 +16,7 @@ from gguf import GGUFWriter
 
 from llama_np import hidden_states, load, load_tokenizer, logits
 from llama_np.checkpoint import locate
+from llama_np.cli import main
 from llama_np.convert import convert
 from llama_np.errors import CheckpointError, TokenizerError
 from llama_np.gguf_file import TYPES, dequantize, parse_gguf
@@ -217,6 +218,16 @@ def test_loading_and_converting_give_the_same_logits(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "hf").encode("a b") == load_tokenizer(
         tmp_path / "m.gguf"
     ).encode("a b")
+
+
+def test_inspection_shows_the_formats_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "m.gguf", random_model(), Kind.Q4_0)
+    assert main(["inspect", "--model", str(tmp_path / "m.gguf"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["dtypes"] == ["F32", "Q4_0"]
+    assert summary["bytes_on_disk"] == (tmp_path / "m.gguf").stat().st_size
 
 
 def test_a_tied_head_is_left_out_of_the_file(tmp_path: Path) -> None:
