@@ -117,11 +117,10 @@ class Stored:
         self,
         function: Callable[[np.ndarray], np.ndarray],
         shape: tuple[int, ...] | None = None,
-        dtype: str | None = None,
     ) -> Stored:
         """The tensor that `function` makes of this one, when it is asked for."""
-        kind = dtype or self.dtype
-        return Stored(kind, lambda: function(self.array), shape or self.shape, self.resting)
+        shape = self.shape if shape is None else shape
+        return Stored(self.dtype, lambda: function(self.array), shape, self.resting)
 
     def __repr__(self) -> str:
         return f"Stored({self.dtype!r}, shape={self.shape})"
