@@ -95,7 +95,7 @@ def locate(name: str | os.PathLike[str], weights: bool = True) -> Path:
     Without `weights`, only the small files are fetched from the hub.
     Errors: FileNotFoundError says what was looked for; those of huggingface_hub, unchanged.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if isinstance(name, str) and is_bare_file_name(name) and (BUNDLED / name).is_dir():

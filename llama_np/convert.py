@@ -85,7 +85,7 @@ def convert(
     if to != "hf" and tensors.pop("score.weight", None) is not None:
         warnings.warn("the classification head is left out: this format lacks one", stacklevel=2)
     files = _small_files(model)
-    steps = _Steps(progress, len(tensors))
+    steps = _Steps(progress)
     if to == "hf":
         _write_hugging_face(Path(out), config, files, tensors, shard_bytes, overwrite, steps)
     elif to == "meta":
@@ -95,14 +95,14 @@ def convert(
 
 
 class _Steps:
-    """Counts finished tensors for a progress display."""
+    """Counts finished tensors for a progress display; the writer says how many there will be."""
 
-    def __init__(self, show: Callable[[int, int], None], total: int) -> None:
-        self.show, self.done, self.total = show, 0, total
+    def __init__(self, show: Callable[[int, int], None]) -> None:
+        self.show, self.done, self.total = show, 0, 0
 
     def __call__(self) -> None:
         self.done += 1
-        self.show(min(self.done, self.total), self.total)
+        self.show(self.done, self.total)
 
 
 def _small_files(model: Source) -> dict[str, bytes]:
@@ -264,10 +264,11 @@ def _write_hugging_face(
     tensors: dict[str, Stored],
     shard_bytes: int,
     overwrite: bool,
-    progress: Callable[[], None],
+    progress: _Steps,
 ) -> None:
+    parts = split_into_shards(tensors, shard_bytes)
+    progress.total = len(tensors)
     with atomic_folder(out, overwrite) as folder:
-        parts = split_into_shards(tensors, shard_bytes)
         names = ["model.safetensors"]
         if len(parts) > 1:
             names = [
@@ -331,7 +332,7 @@ def _write_meta(
     tensors: dict[str, Stored],
     shards: int,
     overwrite: bool,
-    progress: Callable[[], None],
+    progress: _Steps,
 ) -> None:
     params = params_of(config)
     if config.tie_word_embeddings:  # Meta's files always have a head
@@ -339,6 +340,7 @@ def _write_meta(
     if "lm_head.weight" not in tensors:
         raise CheckpointError("the checkpoint lacks 'lm_head.weight'", None, "lm_head.weight")
     parts = meta_tensors(tensors, config, shards)
+    progress.total = sum(map(len, parts))
     with atomic_folder(out, overwrite) as folder:
         for number, part in enumerate(parts):
             write_torch(folder / f"consolidated.{number:02d}.pth", part, progress=progress)
@@ -355,10 +357,11 @@ def _write_llama2c(
     tensors: dict[str, Stored],
     version: int,
     overwrite: bool,
-    progress: Callable[[], None],
+    progress: _Steps,
 ) -> None:
     """model.bin, and beside it tokenizer.bin if there is a SentencePiece vocabulary."""
     vocabulary = files.get("tokenizer.model")
+    progress.total = len(tensors) + (0 if version else 2)  # the legacy format has two tables more
     beside = out.with_name("tokenizer.bin")
     if vocabulary is not None and beside.exists() and not overwrite:
         raise FileExistsError(17, "file exists", str(beside))
