@@ -32,7 +32,7 @@ LEVELS = [
     "perplexity prompt_cache",
     "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
     "bench bulk chat convert explore hf_speculate hf_tokenizer trace",
-    "cli_chat cli_convert hf_generate ports",
+    "cli_chat cli_convert hf_base hf_generate ports",
     "hf mistakes verify",
     "check explain hf_auto mutation replay report scalars",
     "cli_oracle",
