@@ -234,7 +234,7 @@ def explain(
     ids = _TOKENS_DIFFER if notes else None
     if ids is not None:
         trials.append(_try(evidence, (ids,), base))
-    accepted = _accepted(evidence, trials)
+    accepted = (ids and _accepted(evidence, trials[-1:])) or _accepted(evidence, trials)
     if not accepted and pairs:
         accepted = _accepted(evidence, _pairs(evidence, trials, mistakes))
     return _conclude(evidence, accepted, trials, notes)
@@ -412,7 +412,8 @@ def _pairs(
 
 def _both(evidence: Evidence, one: Trial, two: Trial) -> Iterator[Trial]:
     """One mistake on top of the other."""
-    for run in variants(two.mistakes[0], one.run):
+    runs = variants(two.mistakes[0], one.run) if two.mistakes[0] is not _TOKENS_DIFFER else []
+    for run in runs or variants(one.mistakes[0], two.run):  # other tokens have to come first
         yield _try(evidence, (*one.mistakes, *two.mistakes), run)
 
 

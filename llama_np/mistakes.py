@@ -46,6 +46,12 @@ class Mistake:
 # Tokens: what is fed.
 
 
+def _is_plain(run: Run) -> bool:
+    """Whether only weights and config differ from the model as it is, for a single text."""
+    plain = not run.ops and run.rows is None and len(run.tokens) == 1
+    return plain and np.array_equal(run.visible, causal(run.positions, run.positions))
+
+
 def _with_tokens(run: Run, tokens: np.ndarray, added: int) -> Run:
     """The run with `added` more tokens at the start of its prompt (or fewer)."""
     B, T = tokens.shape
@@ -57,14 +63,14 @@ def _with_tokens(run: Run, tokens: np.ndarray, added: int) -> Run:
 
 
 def first_token_missing(run: Run) -> Run | None:
-    if run.tokens.shape[1] < 2 or run.prompt < 2 or len(run.tokens) > 1:
+    if run.prompt < 2 or not _is_plain(run):
         return None
     return _with_tokens(run, run.tokens[:, 1:], -1)
 
 
 def token_in_front(run: Run, shown: bool = True) -> Run | None:
     bos = run.config.bos_token_id
-    if bos is None or not 0 <= bos < run.config.vocab_size or len(run.tokens) > 1:
+    if bos is None or not 0 <= bos < run.config.vocab_size or not _is_plain(run):
         return None
     tokens = np.concatenate([np.full_like(run.tokens[:, :1], bos), run.tokens], axis=1)
     longer = _with_tokens(run, tokens, 1)
@@ -511,7 +517,7 @@ def _blind_rows(run: Run, uniform: np.ndarray) -> Run:
 
 def hole_in_cache(run: Run, further: int) -> Run | None:
     """A slot of zeros between prompt and decoded tokens, seen by every decode step."""
-    if _decode(run) is None or len(run.tokens) > 1:
+    if _decode(run) is None or not _is_plain(run):
         return None
     P, T = run.prompt, run.tokens.shape[1]
     order = np.concatenate([np.arange(P), [P - 1], np.arange(P, T)])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -274,20 +276,28 @@ def _raw(dump: Dump) -> dict[str, Stored]:
 
 def _npy(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as problem:
         raise CheckpointError(f"{str(path)!r} is no .npy file: {problem}", path) from problem
     return array
 
 
 def _npz(path: Path) -> dict[str, Stored]:
-    import zipfile
-
+    problems = (ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zlib.error)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: _stored(archive[name], name) for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as problem:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            arrays = {name[:-4]: _member(archive, name) for name in names}
+    except (*problems, zipfile.BadZipFile) as problem:
         raise CheckpointError(f"{str(path)!r} is no .npz file: {problem}", path) from problem
+    return {name: _stored(array, name) for name, array in arrays.items()}
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 def _stored(array: np.ndarray, name: str) -> Stored:
@@ -353,9 +363,10 @@ def read_response(path: str | os.PathLike[str]) -> TopK:
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{str(path)!r} is larger than {MAX_JSON_BYTES} bytes", path)
     try:
-        steps = list(_steps(json.loads(text, parse_float=Decimal)))
+        content = json.loads(text, parse_float=Decimal, parse_constant=_refuse)
+        steps = list(_steps(content))
         rows = [[entry for entry in map(_entry, step) if entry] for step in steps]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
         raise CheckpointError(f"{str(path)!r}: not a server's response: {problem}") from problem
     rows = [sorted(row, key=lambda entry: -entry[0]) for row in rows if row]
     if not rows:
@@ -367,6 +378,10 @@ def read_response(path: str | os.PathLike[str]) -> TopK:
     decimals = max(-int(p.as_tuple().exponent) for row in rows for p, _ in row[:k])
     rounding = 0.5 * 10.0**-decimals if decimals < 12 else 0.0
     return TopK(logprobs, np.array(ids, np.int64) if known else None, rounding)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _steps(response: Any) -> Iterator[list[Any]]:

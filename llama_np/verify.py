@@ -559,7 +559,7 @@ def topk_finding(
         rows = logits[start : start + n].astype(np.float64)
         if len(rows) < n or n == 0:
             continue
-        scale = float(np.sqrt(2 * (rows**2).mean()))
+        scale = float(np.sqrt(2 * (rows**2).mean())) or 1.0
         gold = _expected_topk(rows, topk)
         with np.errstate(all="ignore"):
             off = np.maximum(np.abs(topk.logprobs - gold) - topk.rounding, 0)
@@ -603,7 +603,7 @@ def greedy_finding(logits: np.ndarray, greedy: np.ndarray, yardstick: float) -> 
         reason = f"greedy_ids {greedy.shape} do not fit"
         return Finding("lm_head", FAIL, np.inf, np.inf, yardstick, "greedy_ids", reason=reason)
     chosen = np.take_along_axis(rows, greedy[..., None], axis=-1)[..., 0]
-    gap = (rows.max(axis=-1) - chosen) / np.sqrt((rows**2).mean())
+    gap = (rows.max(axis=-1) - chosen) / (float(np.sqrt((rows**2).mean())) or 1.0)
     worst = float(gap.max())
     status = PASS if worst <= 10 * yardstick else FAIL  # nearly equal logits may swap
     first = np.flatnonzero((gap > 10 * yardstick).any(axis=0))

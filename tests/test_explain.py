@@ -1,0 +1,148 @@
+"""Naming mistakes: from everything a port may show, alone and in pairs, and never too eagerly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_models import dump, golden, mistaken, plain, tiny
+from models import tiny_model
+from test_mistakes import NEEDS_MORE
+from test_verify import interleaved, response, top
+
+from llama_np.experiment import BFLOAT16, Run, split_name
+from llama_np.explain import Explanation, explain
+from llama_np.mistakes import BY_ID, CATALOGUE, variants
+
+Dump = dict[str, np.ndarray]
+TWINS = [{"gqa_tile", "kv_head_modulo"}]
+VISIBLE = [m.id for m in CATALOGUE if m.id not in NEEDS_MORE]
+
+
+def explained(arrays: Dump, precision: str | None = None, **options: object) -> Explanation:
+    return explain(golden(), arrays, tiny(), precision=precision, **options)  # type: ignore[arg-type]
+
+
+def named(found: Explanation) -> list[str]:
+    return [cause.mistake for cause in found.causes]
+
+
+def only(arrays: Dump, *locals_: str) -> Dump:
+    return {name: a for name, a in arrays.items() if split_name(name)[1] in locals_}
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_every_mistake_is_named(name: str) -> None:
+    found = explained(mistaken(name))
+    assert found.verdict == "explained" and name in named(found)
+    assert {name} == set(named(found)) or set(named(found)) in TWINS
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_eps", "gqa_tile", "cache_hole", "norms_swapped"])
+@pytest.mark.parametrize("points", [("block",), ("lm_head",)])
+def test_fewer_points_are_enough(name: str, points: tuple[str, ...]) -> None:
+    assert name in named(explained(only(mistaken(name), *points)))
+
+
+@pytest.mark.parametrize("name", ["act_gelu", "rms_eps", "rope_reversed", "bos_missing"])
+def test_five_log_probabilities_of_one_token_are_enough(name: str) -> None:
+    assert named(explained(top(mistaken(name))))[0] == name
+
+
+def test_a_servers_response_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "response.json"
+    path.write_text(json.dumps(response(mistaken("rms_weight_missing"), "chat")))
+    found = explain(golden(), path, tiny())
+    assert named(found)[0] == "rms_weight_missing"
+
+
+def test_greedy_ids_lead_to_the_mistake() -> None:
+    wrong = mistaken("rope_not_applied")["lm_head"].argmax(axis=-1)
+    found = explained({"greedy_ids": wrong})
+    assert "rope_not_applied" in named(found)
+
+
+@pytest.mark.parametrize("name", ["rope_interleaved", "act_relu", "rms_layernorm", "gate_missing"])
+def test_mistakes_are_named_at_bfloat16(name: str) -> None:
+    found = explained(mistaken(name, precision=BFLOAT16))
+    assert found.report.precision == "bfloat16" and named(found)[0] == name
+
+
+def test_what_drowns_in_bfloat16_is_listed() -> None:
+    found = explained(dump(plain(), BFLOAT16))
+    assert found.verdict == "clean" and not found.causes
+    assert {"softmax_low_precision", "head_low_precision"} <= set(found.hidden)
+    assert "gqa_tile" not in found.hidden
+
+
+def test_a_clean_dump_has_no_cause() -> None:
+    found = explained(dump(plain()))
+    assert found.verdict == "clean" and found.hidden == ("position_low_precision",)
+
+
+@pytest.mark.parametrize("name", VISIBLE[::6])
+def test_a_mistake_outside_the_catalogue_is_unexplained(name: str) -> None:
+    rest = [m for m in CATALOGUE if m.id != name and {m.id, name} not in TWINS]
+    found = explained(mistaken(name), catalogue=rest, pairs=False)
+    assert found.verdict == "unexplained" and not found.causes and found.closest
+
+
+def test_an_unknown_bug_is_unexplained() -> None:
+    _, weights = tiny()
+    layer = weights["model.layers.1"]
+    changed = {**layer, "mlp.up_proj.weight": layer["mlp.up_proj.weight"] * np.float32(1.01)}
+    run = plain()
+    broken = Run(**{**vars(run), "weights": {**weights, "model.layers.1": changed}})
+    found = explained(dump(broken))
+    assert found.verdict == "unexplained" and "gqa_tile" in found.ruled_out
+
+
+@pytest.mark.parametrize(
+    "pair", [("rope_reversed", "act_gelu"), ("rms_eps_outside", "final_norm_missing"),
+             ("gqa_tile", "causal_mask_strict")],
+)  # fmt: skip
+def test_two_mistakes_are_named_together(pair: tuple[str, str]) -> None:
+    first = variants(BY_ID[pair[0]], plain())[0]
+    found = explained(dump(variants(BY_ID[pair[1]], first)[0]))
+    assert found.verdict == "explained"
+    assert set(pair) <= set(named(found))
+    assert all(cause.together_with for cause in found.causes)
+
+
+def test_a_dump_in_the_interleaved_layout_is_explained_too() -> None:
+    assert named(explained(interleaved(mistaken("act_gelu")))) == ["act_gelu"]
+
+
+def test_decoded_tokens_of_its_own_do_not_hide_the_mistake() -> None:
+    run = variants(BY_ID["act_relu"], plain())[0]
+    free = Run(**{**vars(run), "tokens": np.where(np.arange(16) < 12, run.tokens, -1)})
+    assert named(explained(dump(free))) == ["act_relu"]
+
+
+def test_other_token_ids_are_a_cause_of_their_own() -> None:
+    run = plain()
+    tokens = run.tokens.copy()
+    tokens[0, 3] = 9
+    found = explained(dump(Run(**{**vars(run), "tokens": tokens})))
+    assert named(found) == ["token_ids"]
+
+
+def test_causes_bring_everything_down_to_the_yardstick() -> None:
+    (cause,) = explained(mistaken("rms_weight_plus_one")).causes
+    assert cause.residual <= 4 * cause.yardstick and cause.advice and cause.threads
+    text = json.dumps(explained(mistaken("rms_weight_plus_one")).as_dict(), allow_nan=False)
+    assert set(json.loads(text)["causes"][0]) >= {"mistake", "residual", "yardstick", "advice"}
+
+
+def test_broken_dumps_are_unexplained() -> None:
+    arrays = dump(plain())
+    arrays["model.layers.1"] = arrays["model.layers.1"] * np.nan
+    assert explained(arrays, pairs=False).verdict == "unexplained"
+    assert explained({}, pairs=False).verdict == "unexplained"
+
+
+def test_another_models_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="other weights"):
+        explain(golden(), dump(plain()), tiny_model(np.float32, seed=9))

@@ -1,0 +1,152 @@
+"""Replay: every faulty op, no other op, whatever was captured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from golden_models import dump, golden, mistaken, plain, tiny
+from models import tiny_model
+from test_verify import interleaved
+
+from llama_np.experiment import BFLOAT16, FLOAT16, FLOAT32, Precision, honest_runs, split_name
+from llama_np.mistakes import BY_ID, CATALOGUE, variants
+from llama_np.replay import Replayed, replay
+
+Dump = dict[str, np.ndarray]
+
+
+def replayed(arrays: Dump, **options: object) -> Replayed:
+    return replay(arrays, tiny(), **options)  # type: ignore[arg-type]
+
+
+def ops(found: Replayed) -> set[str]:
+    return {split_name(fault.op)[1] for fault in found.faulty}
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16, FLOAT16])
+def test_honest_runs_have_no_faulty_op(precision: Precision) -> None:
+    for run in honest_runs(plain()):
+        found = replayed(dump(run, precision))
+        assert found.verdict == "pass" and len(found.checked) == 66
+        assert found.precision == precision.name
+
+
+FAULTY = {
+    "rope_interleaved": {"self_attn.q_rot", "self_attn.k_rot"},
+    "rope_theta": {"model.rotary_emb.cos", "model.rotary_emb.sin"},
+    "attn_scale_missing": {"self_attn.scores"},
+    "causal_mask_missing": {"self_attn.weights"},
+    "gqa_tile": {"self_attn.scores", "self_attn.context"},
+    "o_proj_transposed": {"self_attn.o_proj"},
+    "residual_missing": {"middle", "block"},
+    "act_gelu": {"mlp.act_fn"},
+    "gate_missing": {"mlp.hidden"},
+    "norms_swapped": {"input_layernorm", "post_attention_layernorm"},
+    "final_norm_missing": {"model.norm"},
+    "head_untied": {"lm_head"},
+    "embedding_scaled": {"model.embed_tokens"},
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_exactly_the_faulty_ops_are_listed(name: str) -> None:
+    assert ops(replayed(mistaken(name))) == FAULTY[name]
+
+
+@pytest.mark.parametrize("name", ["gqa_tile", "act_gelu", "final_norm_missing", "rope_interleaved"])
+def test_the_same_ops_are_faulty_at_bfloat16(name: str) -> None:
+    assert ops(replayed(mistaken(name, precision=BFLOAT16))) == FAULTY[name]
+
+
+def test_every_layer_is_listed() -> None:
+    faults = replayed(mistaken("act_relu")).faulty
+    assert [f.op for f in faults] == [f"model.layers.{i}.mlp.act_fn" for i in range(3)]
+
+
+def test_two_mistakes_are_both_found() -> None:
+    names = [n for n in FAULTY if n not in ("embedding_scaled", "norms_swapped")]
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        one, two = rng.choice(names, 2, replace=False)
+        first = variants(BY_ID[one], plain())[0]
+        second = variants(BY_ID[two], first)[0]
+        assert ops(replayed(dump(second))) == FAULTY[one] | FAULTY[two], (one, two)
+
+
+def test_gaps_are_bridged_by_the_finest_interval() -> None:
+    few = ("block", "self_attn.context", "model.norm", "lm_head")
+    arrays = mistaken("act_relu")
+    kept = {n: a for n, a in arrays.items() if split_name(n)[1] in few or n == "input_ids"}
+    assert [f.op for f in replayed(kept).faulty] == [f"model.layers.{i}" for i in range(3)]
+    clean = {n: a for n, a in dump(plain()).items() if n in kept}
+    assert replayed(clean).verdict == "pass"
+
+
+def test_logits_alone_are_one_interval() -> None:
+    arrays = mistaken("rms_eps")
+    found = replayed({"input_ids": arrays["input_ids"], "lm_head": arrays["lm_head"]})
+    assert [f.op for f in found.faulty] == ["lm_head"]
+
+
+def test_decode_faults_begin_at_the_decode_steps() -> None:
+    fault = replayed(mistaken("cache_prompt_lost")).faulty[0]
+    assert (fault.op, fault.position) == ("model.layers.0.self_attn.weights", 12)
+
+
+def test_an_interleaved_dump_is_read_as_it_is() -> None:
+    found = replayed(interleaved(dump(plain())))
+    assert found.verdict == "pass" and found.notes == ("rotary pairs are interleaved",)
+    assert ops(replayed(interleaved(mistaken("act_gelu")))) == {"mlp.act_fn"}
+
+
+def test_weights_in_the_other_layout_are_a_fault_of_the_projections() -> None:
+    assert ops(replayed(mistaken("rope_interleaved", form=1))) == {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+    }
+
+
+def test_shifted_positions_are_equivalent() -> None:
+    run = plain()
+    found = replayed(dump(replace(run, positions=run.positions + 3)))
+    assert found.verdict == "pass" and "shifted by 3" in found.notes[0]
+
+
+def test_without_ids_the_captured_embedding_is_the_beginning() -> None:
+    arrays = mistaken("act_relu")
+    del arrays["input_ids"]
+    assert ops(replayed(arrays)) == {"mlp.act_fn"}
+    del arrays["model.embed_tokens"]
+    assert ops(replayed(arrays, golden=golden())) == {"mlp.act_fn"}
+    with pytest.raises(ValueError, match="input_ids"):
+        replayed(arrays)
+
+
+def test_broken_dumps_do_not_pass() -> None:
+    arrays = dump(plain())
+    ids = {"input_ids": arrays["input_ids"]}
+    assert replayed(ids).verdict == "fail"
+    assert replayed(ids | {"what": np.ones(3, np.float32)}).verdict == "fail"
+    assert replayed(arrays | {"model.layers.1": arrays["model.layers.1"] * np.nan}).verdict == "fail"
+    assert replayed(arrays | {"model.norm": arrays["model.norm"][..., 1:]}).verdict == "fail"
+    with pytest.raises((ValueError, TypeError)):
+        replayed(arrays | {"input_ids": arrays["input_ids"] + 1000})
+
+
+def test_another_models_dump_fails() -> None:
+    assert replay(dump(plain()), tiny_model(np.float32, seed=3)).verdict == "fail"
+
+
+def test_the_outcome_is_json() -> None:
+    text = json.dumps(replayed(mistaken("act_gelu")).as_dict(), allow_nan=False)
+    assert {"op", "error", "limit"} <= json.loads(text)["faulty"][0].keys()
+
+
+@pytest.mark.parametrize("name", [m.id for m in CATALOGUE][::4])
+def test_a_mistake_is_a_faulty_op_unless_it_only_feeds_other_tokens(name: str) -> None:
+    if variants(BY_ID[name], plain()):
+        expected = "pass" if name.startswith("bos_") else "fail"
+        assert replayed(mistaken(name)).verdict == expected
