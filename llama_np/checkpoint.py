@@ -192,6 +192,9 @@ def read_folder(path: Path, mmap: bool = True) -> dict[str, Stored]:
 
 def _nothing_to_load(folder: Path, wanted: str) -> Exception:
     """What to say about a folder that is no Hugging Face checkpoint in safetensors."""
+    if (folder / "adapter_config.json").exists():
+        what = "holds an adapter (LoRA); merge it into its base model first"
+        return NotImplementedError(f"{str(folder)!r} {what}")
     for pattern, advice in (
         ("*.pth", "convert it first: llama-np convert FOLDER OUT"),
         ("pytorch_model*.bin", "convert it first: llama-np convert FOLDER OUT"),

@@ -55,6 +55,11 @@ def hugging_face_config(
     kind = metadata.get("general.architecture")
     if kind != "llama":
         raise NotImplementedError(f"{path!r}: architecture {kind!r:.100}, expected 'llama'")
+    parts = metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise NotImplementedError(
+            f"{path!r} is one part of {parts!r:.20}; join them: llama-gguf-split --merge"
+        )
     if metadata.get("llama.expert_count"):
         raise NotImplementedError(f"{path!r}: a mixture of experts is not implemented")
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:

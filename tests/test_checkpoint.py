@@ -104,6 +104,25 @@ def test_a_name_that_is_nowhere_is_a_file_not_found_error(
     assert caught.value.filename == name
 
 
+@pytest.mark.parametrize(
+    "files, error, words",
+    [
+        ({"adapter_config.json": b"{}"}, NotImplementedError, "LoRA"),
+        ({"m.gguf": b"GGUF"}, FileNotFoundError, r"name a file in it, such as 'm\.gguf'"),
+        ({"consolidated.00.pth": b"PK"}, CheckpointError, "convert it first"),
+        ({"model.pt": b"PK"}, CheckpointError, "convert it first"),
+        ({}, FileNotFoundError, r"no config\.json"),
+    ],
+)
+def test_a_folder_of_another_kind_is_told_what_to_do(
+    tmp_path: Path, files: dict[str, bytes], error: type[Exception], words: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=words):
+        load(tmp_path)
+
+
 # Shards
 
 

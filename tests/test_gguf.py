@@ -276,6 +276,7 @@ def test_other_frequencies_are_taken_as_they_are(tmp_path: Path) -> None:
     "keys, error",
     [
         ({"llama.expert_count": 8}, NotImplementedError),
+        ({"split.count": 3}, NotImplementedError),
         ({"llama.attention.key_length": 64}, NotImplementedError),
         ({"llama.rope.scaling.type": "magic"}, NotImplementedError),
     ],
