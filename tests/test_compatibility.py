@@ -301,8 +301,13 @@ def test_options_of_a_training_framework_are_refused_by_name() -> None:
 def test_a_checkpoint_loads_with_another_configuration_and_mapped_or_read(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(tmp_path, torch_dtype=np.float64)
-    for options in ({"mmap": False}, {"config": LlamaConfig(**SIZES)}, {"dtype": "auto"}):
-        model = LlamaForCausalLM.from_pretrained(tmp_path, **({"dtype": "float64"} | options))
+    ways: list[dict[str, Any]] = [
+        {"dtype": "float64", "mmap": False},
+        {"dtype": "float64", "config": LlamaConfig(**SIZES)},
+        {"dtype": "auto"},
+    ]
+    for options in ways:
+        model = LlamaForCausalLM.from_pretrained(tmp_path, **options)
         np.testing.assert_array_equal(model(IDS).logits, plain(IDS).logits)
     assert LlamaForCausalLM.from_pretrained(tmp_path).dtype == np.float32
 
