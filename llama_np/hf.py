@@ -16,6 +16,7 @@ Where transformers 4.37.2 is plainly wrong, these classes are not:
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ class LlamaForCausalLM(_WithHead):
 
     _head = "lm_head.weight"
     _generation_config: GenerationConfig | None = None
+    _derived: GenerationConfig | None = None
 
     def forward(
         self,
@@ -150,19 +152,19 @@ class LlamaForCausalLM(_WithHead):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The defaults of generate(); change its attributes, or replace it."""
-        if self._generation_config is None:
-            self._generation_config = GenerationConfig.from_model_config(self.config)
+        """The defaults of generate(); change its attributes, or replace it.
+
+        Unless that happened, or the checkpoint brought some, they follow `config`, where old
+        checkpoints keep them.
+        """
+        if self._generation_config is None or self._generation_config == self._derived:
+            self._derived = GenerationConfig.from_model_config(self.config)
+            self._generation_config = copy.deepcopy(self._derived)
         return self._generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self._generation_config = value
-
-    def default_generation_config(self) -> GenerationConfig:
-        """`generation_config`, or what `config` says now where the former came from the latter."""
-        mine = self._generation_config
-        return GenerationConfig.from_model_config(self.config) if mine is None else mine
 
     def _read_generation_config(self, folder: Path) -> None:
         if (folder / GENERATION_FILE).exists():
@@ -171,7 +173,7 @@ class LlamaForCausalLM(_WithHead):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As the other models, and generation_config.json."""
         super().save_pretrained(save_directory, **kwargs)
-        self.default_generation_config().save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
 
     def generate(
         self,

@@ -21,9 +21,7 @@ from llama_np.checkpoint import group_by_layer, locate
 from llama_np.config import HARMLESS, Config
 from llama_np.errors import CheckpointError
 from llama_np.hf_config import LlamaConfig, dtype_name
-from llama_np.hf_outputs import (
-    BaseModelOutputWithPast,
-)
+from llama_np.hf_outputs import BaseModelOutputWithPast
 from llama_np.layers import embed
 from llama_np.linear import linear
 from llama_np.model import ModelWeights, check_tokens, transform
@@ -364,6 +362,7 @@ class LlamaPreTrainedModel:
         return self.new_cache(batch_size, max_length)
 
     def with_params(self, params: Mapping[str, Any] | None) -> ModelWeights:
+        """The given weights, checked and grouped, or the model's own. Errors: CheckpointError."""
         return self.weights if params is None else self._groups(hf_weights.flatten(params))
 
     def run(
@@ -407,6 +406,7 @@ class LlamaPreTrainedModel:
 
     @property
     def rounding(self) -> Tap:
+        """What an emulated precision does to every named array; nothing for float32, float64."""
         return NO_TAP if self._precision.round is None else each(self._precision.round)
 
     def _tap(self, trace: dict[str, Array], attentions: bool, states: bool) -> Tap:

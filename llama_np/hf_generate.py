@@ -232,7 +232,7 @@ def resolve_options(
 
     Errors: ValueError for a keyword that is neither.
     """
-    chosen = model.default_generation_config() if generation_config is None else generation_config
+    chosen = model.generation_config if generation_config is None else generation_config
     options = copy.deepcopy(chosen)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(options, name) is None:

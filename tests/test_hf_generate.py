@@ -618,10 +618,14 @@ def test_options_live_in_files_in_the_model_and_in_the_call(tmp_path: Path) -> N
     assert "max_new_tokens" in repr(given_config)
 
 
-def test_defaults_in_config_json_count_as_in_old_checkpoints(tmp_path: Path) -> None:
+def test_defaults_in_config_json_count_as_in_old_checkpoints() -> None:
     model = LlamaForCausalLM(LlamaConfig.from_dict(tiny().config.to_dict()), tiny().weights)
-    model.config.max_length = 7  # type: ignore[attr-defined]
-    assert model.generate(prompts(), eos_token_id=None).shape == (2, 7)
+    for length in (7, 9):
+        model.config.max_length = length  # type: ignore[attr-defined]
+        assert model.generate(prompts(), eos_token_id=None).shape == (2, length)
+    model.generation_config.max_length = 8
+    model.config.max_length = 12  # type: ignore[attr-defined]
+    assert model.generate(prompts(), eos_token_id=None).shape == (2, 8)
 
 
 def test_inputs_for_the_next_step_leave_out_what_is_cached() -> None:
