@@ -90,9 +90,9 @@ def _ids(text: str) -> list[int]:
 
 def run_record(args: Any) -> int:
     """Write a golden file. Returns 0."""
+    from llama_np.files import write_atomically
     from llama_np.scalars import scalar_lines
     from llama_np.trace import record
-    from llama_np.files import write_atomically
 
     chunks = _ids(args.chunks) if args.chunks else None
     ids, about = _tokens(args)
@@ -145,8 +145,8 @@ def run_verify(args: Any) -> int:
     else:
         report = verify(golden, args.port, precision=args.precision, check=False)
     if args.html:
-        from llama_np.report import html_page
         from llama_np.files import write_atomically
+        from llama_np.report import html_page
 
         page = html_page(report, golden, f"{Path(args.port).name} against {Path(args.golden).name}")
         write_atomically(args.html, page.encode("utf-8"), overwrite=True)

@@ -365,7 +365,7 @@ def blanked(name: str, array: np.ndarray, positions: np.ndarray) -> np.ndarray:
         shape = [len(real) if i == 0 else real.shape[1] if i == axis else 1 for i in range(4)]
         array = array * real.reshape(shape[: array.ndim]).astype(array.dtype)
     if split_name(name)[1] == "self_attn.scores":
-        array = np.where(np.tri(*array.shape[-2:], dtype=bool) & real[:, None, None], array, 0)
+        array = np.where(np.tri(*array.shape[-2:]).astype(bool) & real[:, None, None], array, 0)
     return array
 
 

@@ -328,9 +328,7 @@ def _compare_heads(evidence: Evidence, trial: Trial) -> None:
         trial.errors["lm_head"] = max(trial.errors.get("lm_head", 0.0), size)
 
 
-def _head_error(
-    evidence: Evidence, trial: Trial, yardstick: float
-) -> tuple[float | None, bool]:
+def _head_error(evidence: Evidence, trial: Trial, yardstick: float) -> tuple[float | None, bool]:
     """Error of what the port says about the next tokens, and whether it is within limits."""
     logits, port = trial.truth["lm_head"], evidence.port
     findings = []
@@ -446,9 +444,7 @@ def _conclude(
     for trial in chosen:
         for cause in _causes(trial):
             causes.setdefault(cause.mistake, cause)
-    return Explanation(
-        verdict, tuple(causes.values()), report, tuple(sorted(ruled)), notes=notes
-    )
+    return Explanation(verdict, tuple(causes.values()), report, tuple(sorted(ruled)), notes=notes)
 
 
 def _alike(evidence: Evidence, one: Trial, two: Trial) -> bool:
@@ -471,9 +467,7 @@ def _causes(trial: Trial) -> Iterator[Cause]:
                     mistake.threads, others)  # fmt: skip
 
 
-def _hidden(
-    evidence: Evidence, base: Run, mistakes: tuple[Mistake, ...]
-) -> tuple[str, ...]:
+def _hidden(evidence: Evidence, base: Run, mistakes: tuple[Mistake, ...]) -> tuple[str, ...]:
     """Mistakes whose effect a clean dump could not show in this precision and on this input."""
     golden = evidence.golden
     names = frozenset(golden.tensors) & evidence.wanted
@@ -505,5 +499,3 @@ def visible(
     except Enough:
         return True
     return False
-
-

@@ -80,7 +80,9 @@ def token_in_front(run: Run, shown: bool = True) -> Run | None:
 # Weights: how they are read.
 
 
-def changed_layers(change: Callable[[dict[str, np.ndarray], Config], Mapping[str, Any]]) -> Variation:
+def changed_layers(
+    change: Callable[[dict[str, np.ndarray], Config], Mapping[str, Any]],
+) -> Variation:
     """A variation that replaces some of every layer's weights; None if it replaces none."""
 
     def variation(run: Run) -> Run | None:
@@ -164,7 +166,7 @@ def fused_qkv_split_in_thirds(run: Run) -> Run | None:
 
     def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
         N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        changed = {}
+        changed: dict[str, np.ndarray] = {}
         for kind in ("weight", "bias"):
             names = [f"self_attn.{m}_proj.{kind}" for m in "qkv"]
             if K == 1 or not all(name in w for name in names):
@@ -495,7 +497,7 @@ def sees(rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]) 
         T = run.tokens.shape[1]
         query, key = np.arange(T)[:, None], np.arange(T)[None]
         allowed = rule(query, key, first, run.prompt) & (key < last)
-        visible = allowed & (run.positions >= 0)[:, None, None]
+        visible = np.asarray(allowed & (run.positions[:, None, None] >= 0))
         if np.array_equal(visible, run.visible):
             return None
         return _blind_rows(replace(run, visible=visible), (key < last) / last)
@@ -505,7 +507,8 @@ def sees(rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]) 
 
 def _blind_rows(run: Run, uniform: np.ndarray) -> Run:
     """Tokens that see nothing attend to all keys of their call alike."""
-    blind = ~run.visible.any(axis=-1)[:, 0] & (run.positions >= 0)  # (B, T)
+    sighted = np.asarray(run.visible.any(axis=-1))[:, 0]
+    blind = ~sighted & (run.positions >= 0)  # (B, T)
 
     def op(array: np.ndarray, place: Place) -> np.ndarray:
         columns = place.columns

@@ -75,9 +75,7 @@ def _lists(groups: dict[str, list[str]]) -> dict[str, list[str]]:
     return {key: groups[key] for key in ("hidden", "equivalent")}
 
 
-def _group(
-    runs: list[Run], golden: Golden, precision: str, plain: dict[str, np.ndarray]
-) -> str:
+def _group(runs: list[Run], golden: Golden, precision: str, plain: dict[str, np.ndarray]) -> str:
     ratios = [largest_ratio(run, golden, precision, stop=4.0) for run in runs]
     if min(ratios) > 4:
         return "shown"

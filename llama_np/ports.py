@@ -477,9 +477,7 @@ def _without_ones(shape: tuple[int, ...], B: int) -> tuple[int, ...]:
     return shape[1:] if B == 1 and len(shape) > 1 and shape[0] == 1 else shape
 
 
-def _score_readings(
-    values: np.ndarray, shape: Sequence[int]
-) -> Iterator[tuple[np.ndarray, str]]:
+def _score_readings(values: np.ndarray, shape: Sequence[int]) -> Iterator[tuple[np.ndarray, str]]:
     """(N, n, s) or (B, N, n, s), s up to all tokens; later columns are filled with 0."""
     B, N, T, S = shape
     if values.ndim == 3 and B == 1:

@@ -120,5 +120,6 @@ def _judged(name: str, call: int, mine: float, value: float, limit: float) -> Fi
     size = abs(mine - value) if math.isfinite(mine) else float("inf")
     status = PASS if size <= limit else NOTE if size <= 2 * limit else FAIL
     position = None if status != FAIL else call
-    return Finding(f"{name} {call}", status, size, size, limit / 2, name, position=position,
-                   reason="" if status != FAIL else f"call {call}: {mine:.9g}, not {value:.9g}")  # fmt: skip
+    reason = f"call {call}: {mine:.9g}, not {value:.9g}" if status == FAIL else ""
+    label = f"{name} {call}"
+    return Finding(label, status, size, size, limit / 2, name, reason=reason, position=position)

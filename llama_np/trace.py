@@ -48,12 +48,12 @@ RULE = (
     "max|mine - gold| / max|gold| <= 5 * yardstick. Note: up to twice that. Fail: above. "
     "Yardsticks per array: float32 bfloat16 float16."
 )
+HEADS = ("lm_head", "score")
 POINTS: dict[str, Callable[[str], bool]] = {
     "all": lambda local: True,
     "blocks": lambda local: local in ("model.embed_tokens", "block", "model.norm", *HEADS),
     "logits": lambda local: local in HEADS,
 }
-HEADS = ("lm_head", "score")
 
 Model = str | os.PathLike[str] | tuple[Config, ModelWeights]
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -215,12 +215,14 @@ def texts_as_rows(ids: Ids) -> tuple[np.ndarray, np.ndarray]:
 
     Errors: ValueError for an empty text; TypeError for ids that are not integers.
     """
-    given = list(ids)
+    given: list[Any] = list(ids)
     nested = bool(given) and isinstance(given[0], Sequence | np.ndarray)
-    texts = [list(text) for text in given] if nested else [given]  # type: ignore[call-overload]
+    texts: list[list[Any]] = [list(text) for text in given] if nested else [given]
     if not texts or not all(texts):
         raise ValueError("no token ids: a forward pass needs at least one")
-    if not all(isinstance(i, int | np.integer) and i >= 0 for text in texts for i in text):
+    if not all(
+        isinstance(i, int | np.integer) and i is not True and i >= 0 for text in texts for i in text
+    ):
         raise TypeError(f"token ids must be integers from 0, found {texts!r:.80}")
     T = max(map(len, texts))
     tokens = [[0] * (T - len(text)) + text for text in texts]

@@ -134,10 +134,9 @@ def compare(golden: Golden, port: Port) -> Report:
     usable = _usable_rows(golden, port)
     if problems and usable:
         notes.append(f"compared up to position {usable - 1}, where the tokens are still the same")
-    findings = [_worst(golden, port, name, usable)
-                for name in in_order(golden.tensors, golden.config)
-                if name in port.arrays]  # fmt: skip
-    findings = _settle_ambiguous([f for same in findings for f in same])
+    covered = [n for n in in_order(golden.tensors, golden.config) if n in port.arrays]
+    every = [f for name in covered for f in _worst(golden, port, name, usable)]
+    findings = _settle_ambiguous(every)
     findings = _same_rows(findings, golden)
     findings = _settle_layouts(findings, golden, port)
     findings += _topk_findings(golden, port) + _greedy_findings(golden, port)
@@ -264,9 +263,7 @@ def cleaned(name: str, values: np.ndarray, golden: Golden, rows: slice) -> np.nd
     return values.astype(np.float64)
 
 
-def grade(
-    mine: np.ndarray, gold: np.ndarray, size: float, yardstick: float
-) -> tuple[str, float]:
+def grade(mine: np.ndarray, gold: np.ndarray, size: float, yardstick: float) -> tuple[str, float]:
     """The verdict rule: status, and the peak error that it looked at besides `size`."""
     highest = peak(mine, gold)
     if not (np.isfinite(highest) and size <= HOPELESS):
@@ -417,21 +414,22 @@ def _as_plain(state: _Settling, name: str) -> None:
 
 def _products_agree(state: _Settling, layer: int) -> bool | None:
     """Whether q_rot times k_rot of the port gives the true scores; None if that is unknown."""
-    names = [full_name(layer, local) for local in ("self_attn.q_rot", "self_attn.k_rot")]
-    arrays = [state.label(name) for name in names]
-    gold = [state.golden.tensors.get(name) for name in names]
-    if any(a is None for a in [*arrays, *gold]) or not any(map(state.bad, names)):
+    golden = state.golden
+    q_name, k_name = (full_name(layer, f"self_attn.{x}_rot") for x in "qk")
+    q_array, k_array = state.label(q_name), state.label(k_name)
+    if q_array is None or k_array is None or not (state.bad(q_name) or state.bad(k_name)):
         return None
-    best = float("inf")
-    scores = full_name(layer, "self_attn.scores")
-    limit = max(limit_base(state.golden, n, state.port.precision)
-                for n in [*names, scores] if n in state.golden.tensors)  # fmt: skip
-    pairs = zip(*(views(n, a, state.golden) for n, a in zip(names, arrays) if a), strict=False)
-    for q, k in pairs:
-        if q.values.shape == gold[0].shape and k.values.shape == gold[1].shape:
-            mine, truth = (_products(*pair, state.golden) for pair in ((q.values, k.values), gold))
-            best = min(best, error(mine, truth))
-    return best <= 4 * limit
+    q_gold, k_gold = golden.tensors[q_name], golden.tensors[k_name]
+    truth = _products(q_gold, k_gold, golden)
+    names = [n for n in (q_name, k_name, full_name(layer, "self_attn.scores"))
+             if n in golden.tensors]  # fmt: skip
+    limit = max(limit_base(golden, name, state.port.precision) for name in names)
+    pairs = zip(views(q_name, q_array, golden), views(k_name, k_array, golden), strict=False)
+    return any(
+        error(_products(q.values, k.values, golden), truth) <= 4 * limit
+        for q, k in pairs
+        if q.values.shape == q_gold.shape and k.values.shape == k_gold.shape
+    )
 
 
 def _products(q: np.ndarray, k: np.ndarray, golden: Golden) -> np.ndarray:
@@ -546,9 +544,7 @@ def _topk_findings(golden: Golden, port: Port) -> list[Finding]:
     return [topk_finding(golden.tensors["lm_head"][0], port.topk, golden, yardstick)]
 
 
-def topk_finding(
-    logits: np.ndarray, topk: TopK, golden: Golden, yardstick: float
-) -> Finding:
+def topk_finding(logits: np.ndarray, topk: TopK, golden: Golden, yardstick: float) -> Finding:
     """Judge log-probabilities of the best tokens against logits (T, V).
 
     The error is taken relative to the size of the logits, whose yardstick applies. Without ids

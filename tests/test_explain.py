@@ -40,7 +40,9 @@ def test_every_mistake_is_named(name: str) -> None:
     assert {name} == set(named(found)) or set(named(found)) in TWINS
 
 
-@pytest.mark.parametrize("name", ["rope_theta", "rms_eps", "gqa_tile", "cache_hole", "norms_swapped"])
+@pytest.mark.parametrize(
+    "name", ["rope_theta", "rms_eps", "gqa_tile", "cache_hole", "norms_swapped"]
+)
 @pytest.mark.parametrize("points", [("block",), ("lm_head",)])
 def test_fewer_points_are_enough(name: str, points: tuple[str, ...]) -> None:
     assert name in named(explained(only(mistaken(name), *points)))

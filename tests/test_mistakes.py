@@ -1,4 +1,4 @@
-"""The catalogue: every mistake is named in the contract, changes the model, and says how to mend."""
+"""The catalogue: every mistake changes the model, and says how to mend it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,9 @@ def test_broken_dumps_do_not_pass() -> None:
     ids = {"input_ids": arrays["input_ids"]}
     assert replayed(ids).verdict == "fail"
     assert replayed(ids | {"what": np.ones(3, np.float32)}).verdict == "fail"
-    assert replayed(arrays | {"model.layers.1": arrays["model.layers.1"] * np.nan}).verdict == "fail"
+    assert (
+        replayed(arrays | {"model.layers.1": arrays["model.layers.1"] * np.nan}).verdict == "fail"
+    )
     assert replayed(arrays | {"model.norm": arrays["model.norm"][..., 1:]}).verdict == "fail"
     with pytest.raises((ValueError, TypeError)):
         replayed(arrays | {"input_ids": arrays["input_ids"] + 1000})

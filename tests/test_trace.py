@@ -77,7 +77,9 @@ def test_shifting_all_positions_changes_no_logit() -> None:
     moved, _ = evaluate(replace(run, positions=run.positions + 9))
     here, _ = evaluate(run)
     assert error(moved["lm_head"], here["lm_head"]) < 1e-10  # angles of larger positions
-    assert error(moved["model.layers.0.self_attn.q_rot"], here["model.layers.0.self_attn.q_rot"]) > 0.1
+    assert (
+        error(moved["model.layers.0.self_attn.q_rot"], here["model.layers.0.self_attn.q_rot"]) > 0.1
+    )
 
 
 def test_one_call_computes_what_many_calls_do() -> None:
@@ -135,7 +137,9 @@ def test_the_metadata_answers_every_question(tmp_path: Path) -> None:
         assert data[key]
 
 
-@pytest.mark.parametrize(("points", "count"), [("all", 3 + 3 * 20 + 3), ("blocks", 7), ("logits", 2)])
+@pytest.mark.parametrize(
+    ("points", "count"), [("all", 3 + 3 * 20 + 3), ("blocks", 7), ("logits", 2)]
+)
 def test_points_choose_what_is_kept(points: str, count: int) -> None:
     assert len(record(tiny(), IDS, points=points).tensors) == count
 

@@ -98,7 +98,8 @@ LENS = {
     "model.embed_tokens": "hook_embed", "lm_head": "unembed.hook_out",
     "self_attn.q_proj": "blocks.{}.attn.hook_q", "self_attn.q_rot": "blocks.{}.attn.hook_rot_q",
     "self_attn.scores": "blocks.{}.attn.hook_attn_scores",
-    "self_attn.weights": "blocks.{}.attn.hook_pattern", "self_attn.context": "blocks.{}.attn.hook_z",
+    "self_attn.weights": "blocks.{}.attn.hook_pattern",
+    "self_attn.context": "blocks.{}.attn.hook_z",
     "self_attn": "blocks.{}.hook_attn_out", "middle": "blocks.{}.hook_resid_mid",
     "mlp.gate_proj": "blocks.{}.mlp.hook_pre", "mlp.hidden": "blocks.{}.mlp.hook_post",
     "": "blocks.{}.hook_resid_post",
@@ -184,7 +185,10 @@ def test_other_layouts_pass_and_mistakes_in_them_do_not(layout: str) -> None:
     for arrays, verdict in ((clean(), "pass"), (mistaken("rope_interleaved"), "fail")):
         ids = arrays.pop("input_ids")
         changed = {name: change(name, array) for name, array in arrays.items()}
-        assert judged({"input_ids": ids[:, : 12 if "prompt" in layout else 16]} | changed).verdict == verdict
+        assert (
+            judged({"input_ids": ids[:, : 12 if "prompt" in layout else 16]} | changed).verdict
+            == verdict
+        )
 
 
 ROTATED = ("q_proj", "k_proj", "q_rot", "k_rot", "cos", "sin")
@@ -264,13 +268,13 @@ BROKEN: dict[str, Callable[[Dump], Dump]] = {
     "NaN": lambda a: a | {"model.layers.1": a["model.layers.1"] * np.nan},
     "infinity": lambda a: a | {"model.norm": a["model.norm"] + np.inf},
     "one column less": lambda a: a | {"lm_head": a["lm_head"][..., :-1]},
-    "one row less in the middle": lambda a: a | {"model.layers.0.mlp": a["model.layers.0.mlp"][:, :-1]},
+    "one row less": lambda a: a | {"model.layers.0.mlp": a["model.layers.0.mlp"][:, :-1]},
     "transposed": lambda a: a | {"model.layers.0": a["model.layers.0"].swapaxes(1, 2)},
     "zeros": lambda a: {name: np.zeros_like(array) for name, array in a.items()},
     "other ids": lambda a: a | {"input_ids": a["input_ids"] + 1},
     "too few ids": lambda a: a | {"input_ids": a["input_ids"][:, :9]},
     "ids that are no numbers": lambda a: a | {"input_ids": np.full((1, 16), np.nan)},
-    "a bare number": lambda a: a | {"model.norm": np.float32(1)},
+    "a bare number": lambda a: a | {"model.norm": np.array(1, np.float32)},
     "an empty array": lambda a: a | {"model.norm": np.zeros((1, 0, 20), np.float32)},
     "scaled": lambda a: a | {"model.norm": a["model.norm"] * 1.0001},
 }  # fmt: skip
@@ -366,7 +370,11 @@ def test_dumps_come_as_files_of_four_kinds(tmp_path: Path) -> None:
         target = tmp_path / "folder" / f"{name.replace('.', '/')}.npy"
         target.parent.mkdir(parents=True, exist_ok=True)
         np.save(target, array)
-    bits = {n: Stored("BF16", to_bf16(a)) for n, a in dump(plain(), BFLOAT16).items() if a.dtype.kind == "f"}
+    bits = {
+        n: Stored("BF16", to_bf16(a))
+        for n, a in dump(plain(), BFLOAT16).items()
+        if a.dtype.kind == "f"
+    }
     save_tensors(tmp_path / "b.safetensors", bits)
     for name in ("d.safetensors", "d.npz", "folder"):
         assert verify(golden(), tmp_path / name).precision == "float32"
@@ -407,7 +415,13 @@ def test_the_page_stands_alone() -> None:
     start = page.index("const data = ") + len("const data = ")
     data = json.loads(page[start : page.index(";\nconst $")])
     assert data["first"] == "model.layers.0.self_attn.scores"
-    assert [row["label"] for row in data["rows"]] == ["input", "layer 0", "layer 1", "layer 2", "output"]
+    assert [row["label"] for row in data["rows"]] == [
+        "input",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "output",
+    ]
     assert len(data["arrays"][data["first"]]["profile"]) == 16
     assert len(data["arrays"][data["first"]]["heads"]) == 8
 
