@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,29 @@ def load_tokenizer(name: str | os.PathLike[str] = "fairytales") -> Tokenizer:
     Errors: OSError; TokenizerError for a malformed file.
     """
     path = locate(name, weights=False)
-    format = file_format(path)
-    if format == "folder" or path.name.startswith("tokenizer."):
+    if path.name.startswith("tokenizer."):
         return open_tokenizer(path)
-    if format == "safetensors":
-        return open_tokenizer(path.parent)
-    with tempfile.TemporaryDirectory() as folder:
-        for file, content in read_single(path, format, mmap=True).files().items():
-            write_atomically(Path(folder) / file, content)
+    with tokenizer_folder(path) as folder:
         try:
             return open_tokenizer(folder)
         except TokenizerError as problem:  # name the file that people know
-            raise TokenizerError(str(problem).replace(folder, str(path))) from problem
+            raise TokenizerError(str(problem).replace(str(folder), str(path))) from problem
+
+
+@contextmanager
+def tokenizer_folder(path: Path) -> Iterator[Path]:
+    """A folder with the tokenizer's files of a checkpoint; temporary for a file that holds all.
+
+    Errors: OSError; TokenizerError.
+    """
+    format = file_format(path)
+    if format in ("folder", "safetensors"):
+        yield path if format == "folder" else path.parent
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in read_single(path, format, mmap=True).files().items():
+            write_atomically(Path(name) / file, content)
+        yield Path(name)
 
 
 def locate(name: str | os.PathLike[str], weights: bool = True) -> Path:

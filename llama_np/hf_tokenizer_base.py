@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama_np.chat_template import LLAMA2_SYSTEM_PROMPT, llama2_prompt, render, shield
-from llama_np.checkpoint import locate
+from llama_np.checkpoint import locate, tokenizer_folder
 from llama_np.errors import TokenizerError
 from llama_np.hf_encoding import (
     PADDINGS,
@@ -731,6 +731,11 @@ class LlamaTokenizerBase:
         name = pretrained_model_name_or_path
         name = name if revision is None else f"{name}@{revision}"
         path = Path(name)
+        if path.is_file() and path.suffix in (".gguf", ".bin", ".safetensors"):
+            with tokenizer_folder(path) as folder:
+                tokenizer = cls.from_pretrained(folder, **options)
+            tokenizer.name_or_path = str(name)
+            return tokenizer
         if path.is_file():
             key = "tokenizer_file" if path.suffix == ".json" else "vocab_file"
             found, saved = {key: path}, cls._saved(None, options)

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 
-from llama_np import hidden_states, load, load_tokenizer, logits
+from llama_np import LlamaForCausalLM, LlamaTokenizer, hidden_states, load, load_tokenizer, logits
 from llama_np.checkpoint import locate
 from llama_np.cli import main
 from llama_np.convert import convert
@@ -350,6 +350,21 @@ def test_the_bundled_vocabulary_survives_gguf(tmp_path: Path) -> None:
         assert found.encode(text) == original.encode(text)
         assert found.decode(found.encode(text)) == original.decode(original.encode(text))
     assert (found.bos_id, found.eos_ids) == (original.bos_id, original.eos_ids)
+
+
+def test_the_classes_take_a_file_too(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", random_model())
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path / "m.gguf")
+    text = "a b"
+    ids = tokenizer(text).input_ids
+    assert ids == load_tokenizer(tmp_path / "m.gguf").encode(text)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert LlamaTokenizer.from_pretrained(tmp_path / "saved")(text).input_ids == ids
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "m.gguf")
+    config, weights = load(tmp_path / "m.gguf")
+    expected = logits(hidden_states(TOKENS, weights, config), weights)
+    # The classes compute rotary angles in float32, as transformers does.
+    np.testing.assert_allclose(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_user_defined_tokens_are_shown_but_never_found_in_a_users_text(tmp_path: Path) -> None:
