@@ -97,6 +97,10 @@ class _WithHead(LlamaPreTrainedModel):
 
     base_model = model
 
+    def get_decoder(self) -> LlamaModel:
+        """The same as `model`."""
+        return self.model
+
 
 class LlamaForCausalLM(_WithHead):
     """The language model: token ids in, a score for every possible next token out."""
@@ -118,13 +122,13 @@ class LlamaForCausalLM(_WithHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         params: Mapping[str, Any] | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Array = 0,
     ) -> Any:
         """Run the model: logits (B, T, V), and the loss where labels (B, T) are given.
 
         The logits at t are compared with the label at t + 1; labels of -100 do not count, and
         padding counts unless it is labelled -100. logits_to_keep = n: the logits of the last n
-        tokens only (0: all). Everything else as in `LlamaModel.forward`.
+        tokens only (0: all), or of the columns in an array. All else as in `LlamaModel.forward`.
         """
         weights = self.with_params(params)
         base = self.run(
@@ -138,14 +142,16 @@ class LlamaForCausalLM(_WithHead):
             output_attentions,
             output_hidden_states,
         )
-        kept = base.last_hidden_state
-        if labels is None and logits_to_keep:
-            kept = kept[:, -logits_to_keep:]
-        scores = logits(kept, weights, self.rounding)  # (B, T, V)
-        loss = None if labels is None else losses.next_token_loss(scores, np.asarray(labels))
-        out = CausalLMOutputWithPast(
-            loss=loss, logits=scores[:, -logits_to_keep:], **_without_hidden(base)
-        )
+        whole = isinstance(logits_to_keep, int)
+        columns = slice(-logits_to_keep, None) if whole else np.asarray(logits_to_keep)
+        hidden, loss = base.last_hidden_state, None
+        if labels is None:
+            scores = logits(hidden[:, columns], weights, self.rounding)  # (B, kept, V)
+        else:
+            scores = logits(hidden, weights, self.rounding)  # (B, T, V)
+            loss = losses.next_token_loss(scores, np.asarray(labels))
+            scores = scores[:, columns]  # (B, kept, V)
+        out = CausalLMOutputWithPast(loss=loss, logits=scores, **_without_hidden(base))
         return _answer(out, return_dict, self.config)
 
     # ------------------------------------------------------------------ generating text

@@ -6,6 +6,9 @@ Where 4.37.2 is plainly wrong, this is not:
 * `position_ids` go on counting after the prompt (4.37.2: reused at every step);
 * a bad word is found also when it is one token longer than the text so far;
 * beam search writes an end-of-text token only where one was generated;
+* `max_length` of a call wins over a `max_new_tokens` that only the model's defaults set;
+* exponential_decay_length_penalty leaves a forbidden eos forbidden (4.37.2: NaN), and
+  encoder_repetition_penalty works with beams (4.37.2: on some of the rows only);
 * whole-number temperatures and penalties are accepted; NaN logits are a FloatingPointError, and a
   step at which every token is forbidden is a ValueError instead of token 0;
 * stopping criteria may answer for each row.

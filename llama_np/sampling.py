@@ -43,7 +43,7 @@ class Sampling:
 
 def check_number(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """Errors: TypeError for another type (bool included), ValueError for NaN and infinity."""
-    allowed = (*kinds, np.integer) if float not in kinds else (*kinds, np.integer, np.floating)
+    allowed: Any = (*kinds, np.integer) if float not in kinds else (*kinds, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise TypeError(f"{name} = {value!r}: expected a number ({kinds[-1].__name__})")
     if not -math.inf < value < math.inf:

@@ -353,6 +353,8 @@ def test_dynamic_scaling_leaves_no_state_behind() -> None:
 def test_logits_to_keep_keeps_the_last() -> None:
     model, tokens = tiny(), random_ids()
     assert_same(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:])
+    some = model(tokens, logits_to_keep=np.array([0, 3])).logits
+    assert_same(some, model(tokens).logits[:, [0, 3]])
     labelled = model(tokens, labels=tokens, logits_to_keep=2)
     assert labelled.logits.shape == (3, 2, 41)
     assert_same(labelled.loss, model(tokens, labels=tokens).loss, 0)
@@ -586,6 +588,7 @@ def test_what_torch_models_have_does_no_harm() -> None:
     model = tiny()
     assert model.eval() is model.train() is model.to("cpu") is model
     assert model.device == "cpu"
+    assert model.get_decoder().weights is model.base_model.weights is model.weights
     assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - 41 * 24
     assert llama_np.FlaxLlamaForCausalLM is LlamaForCausalLM
     assert llama_np.FlaxLlamaModel is LlamaModel
