@@ -109,7 +109,7 @@ def _small_files(model: Source) -> dict[str, bytes]:
     """The tokenizer's files, read before the long work begins."""
     try:
         return model.files()
-    except FileNotFoundError as problem:
+    except (FileNotFoundError, NotImplementedError) as problem:
         warnings.warn(f"converted without a tokenizer: {problem}", stacklevel=3)
         return {}
 

@@ -266,8 +266,10 @@ def hugging_face_files(metadata: Mapping[str, Any], path: str) -> dict[str, byte
 
 def _vocabulary(metadata: Mapping[str, Any], path: str) -> tuple[list[str], list[int]]:
     texts = metadata.get("tokenizer.ggml.tokens")
+    if texts is None:
+        raise FileNotFoundError(2, "no vocabulary (tokenizer.ggml.tokens) in this file", path)
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise TokenizerError(f"{path!r} holds no vocabulary (tokenizer.ggml.tokens)")
+        raise TokenizerError(f"{path!r}: tokenizer.ggml.tokens is no list of texts")
     kinds = metadata.get("tokenizer.ggml.token_type")
     kinds = [1] * len(texts) if kinds is None else [int(kind) for kind in kinds]
     if len(kinds) != len(texts) or not all(1 <= kind <= 6 for kind in kinds):

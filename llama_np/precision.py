@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+PIECE = 1 << 14  # numbers that are rounded at a time: the intermediate results stay in the cache
+
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
     """Turn bfloat16 bits (uint16) into the float32 numbers that they stand for, exactly.
@@ -21,11 +23,21 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     NaN stays NaN, and what rounds beyond the largest bfloat16 becomes infinity (IEEE 754).
     """
     with np.errstate(over="ignore"):  # a float64 may be too large for a float32
-        bits = np.asarray(x, dtype=np.float32, order="C").view(np.uint32)
+        numbers = np.asarray(x, dtype=np.float32, order="C")
+    rounded = np.empty(numbers.shape, np.uint16)
+    source, target = numbers.reshape(-1), rounded.reshape(-1)
+    for start in range(0, source.size, PIECE):
+        target[start : start + PIECE] = _nearest_bf16(source[start : start + PIECE])
+    return rounded
+
+
+def _nearest_bf16(x: np.ndarray) -> np.ndarray:
+    """Float32 to bfloat16 bits, still in 32 bits wide integers."""
+    bits = x.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return np.where(np.isnan(x), quiet_nan, rounded).astype(np.uint16)
+    return np.where(np.isnan(x), quiet_nan, rounded)
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from llama_np import LlamaForCausalLM, LlamaTokenizer, hidden_states, load, load
 from llama_np.checkpoint import locate
 from llama_np.cli import main
 from llama_np.convert import convert
-from llama_np.errors import CheckpointError, TokenizerError
+from llama_np.errors import CheckpointError
 from llama_np.gguf_file import TYPES, dequantize, parse_gguf
 from llama_np.gguf_model import _llama3_divisors
 from llama_np.sentencepiece_model import parse_pieces
@@ -441,8 +441,11 @@ def test_a_chat_template_comes_along(tmp_path: Path) -> None:
 
 def test_a_file_without_a_vocabulary_says_so(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", random_model(), vocabulary=False)
-    with pytest.raises(TokenizerError, match="vocabulary"):
+    with pytest.raises(FileNotFoundError, match="vocabulary"):
         load_tokenizer(tmp_path / "m.gguf")
+    with pytest.warns(UserWarning, match="converted without a tokenizer"):
+        convert(tmp_path / "m.gguf", tmp_path / "hf")
+    assert load(tmp_path / "hf")[0] == load(tmp_path / "m.gguf")[0]
 
 
 def test_a_large_vocabulary_is_read_quickly_and_in_little_memory(tmp_path: Path) -> None:
