@@ -70,52 +70,68 @@ class Found:
 
 
 class Beams:
-    """The state of a beam search over B prompts with n beams each: R = B * n rows."""
+    """The state of a beam search: B prompts with n beams each, in one or several groups.
+
+    A group is a search of its own, with n / groups beams; only the diversity penalty connects the
+    groups of a prompt. R = B * n rows, the groups of a prompt are neighbours.
+    """
 
     def __init__(self, options: Any, ids: np.ndarray) -> None:
         self.options = options
-        self.count = options.num_beams
+        self.groups = options.num_beam_groups or 1
+        self.count = options.num_beams // self.groups
         self.prompt_length = ids.shape[1]
-        B = len(ids) // self.count
-        self.totals = np.zeros((B, self.count), np.float32)
+        searches = len(ids) // self.count
+        self.totals = np.zeros((searches, self.count), np.float32)
         if not options.do_sample:
             self.totals[:, 1:] = UNBORN
         self.origins = np.zeros((len(ids), 0), np.int64)
         longest = options.max_length - self.prompt_length
         self.best = [
             Best(self.count, options.length_penalty, options.early_stopping, max(longest, 1))
-            for _ in range(B)
+            for _ in range(searches)
         ]
-        self.complete = np.zeros(B, bool)
+        self.complete = np.zeros(searches, bool)
 
     @property
     def done(self) -> bool:
-        """Whether every prompt has its texts."""
+        """Whether every search has its texts."""
         return bool(self.complete.all())
 
-    def step(
-        self, ids: np.ndarray, logprobs: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the next beams from log-probabilities (R, V): (rows to go on from, their tokens).
+    def searches(self, group: int) -> np.ndarray:
+        """The searches of one group, one for each prompt: (B,)."""
+        return np.arange(group, len(self.best), self.groups)
 
-        An eos closes a hypothesis if it is among the n best candidates, and is dropped if not.
+    def rows(self, searches: np.ndarray) -> np.ndarray:
+        """The rows of these searches: (B * n / groups,)."""
+        return (searches[:, None] * self.count + np.arange(self.count)).reshape(-1)
+
+    def advance(self, rows: np.ndarray) -> None:
+        """Remember from which row each row goes on, once all groups have chosen."""
+        self.origins = np.concatenate([self.origins[rows], rows[:, None]], axis=1)
+
+    def step(
+        self, ids: np.ndarray, logprobs: np.ndarray, searches: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next beams of some searches from the log-probabilities of their rows.
+
+        ids: all rows. Returns (rows to go on from, their tokens). An eos closes a hypothesis if
+        it is among the n best candidates, and is dropped if not.
         """
-        B, V = len(self.best), logprobs.shape[1]
-        totals = logprobs.reshape(B, self.count, V) + self.totals[:, :, None]  # (B, n, V)
+        B, V = len(searches), logprobs.shape[1]
+        totals = logprobs.reshape(B, self.count, V) + self.totals[searches, :, None]  # (B, n, V)
         flat = totals.reshape(B, -1)  # (B, n * V)
-        sampling.check_drawable(flat[~self.complete])
+        idle = self.complete[searches]
+        sampling.check_drawable(flat[~idle])
         chosen = self._candidates(flat, rng)  # (B, candidates)
         scores = np.take_along_axis(flat, chosen, axis=1)
-        rows = chosen // V + np.arange(B)[:, None] * self.count
+        rows = chosen // V + searches[:, None] * self.count
         tokens = chosen % V
-        idle = self.complete.copy()
-        going_on = self._going_on(ids, rows, tokens, scores)  # (B, n) into the candidates
+        going_on = self._going_on(ids, searches, rows, tokens, scores)  # (B, n) candidates
         rows, tokens = (np.take_along_axis(a, going_on, axis=1) for a in (rows, tokens))
-        self.totals = np.take_along_axis(scores, going_on, axis=1)
+        self.totals[searches] = np.take_along_axis(scores, going_on, axis=1)
         tokens[idle], rows[idle] = self.options.pad_token_id or 0, 0
-        rows, tokens = rows.reshape(-1), tokens.reshape(-1)
-        self.origins = np.concatenate([self.origins[rows], rows[:, None]], axis=1)
-        return rows, tokens
+        return rows.reshape(-1), tokens.reshape(-1)
 
     def _candidates(self, flat: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The best (or drawn) continuations of each prompt, best first: enough to lose some to eos.
@@ -132,37 +148,46 @@ class Beams:
         return np.take_along_axis(best, order, axis=1)
 
     def _going_on(
-        self, ids: np.ndarray, rows: np.ndarray, tokens: np.ndarray, scores: np.ndarray
+        self,
+        ids: np.ndarray,
+        searches: np.ndarray,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        scores: np.ndarray,
     ) -> np.ndarray:
-        """The first n candidates of each prompt that are no eos; each eos closes a hypothesis."""
+        """The first n candidates of each search that are no eos; each eos closes a hypothesis."""
         ends = np.isin(tokens, self.options.eos_token_id or [])  # (B, candidates)
         going_on = np.argsort(ends, axis=1, kind="stable")[:, : self.count]
         length = ids.shape[1] + 1 - self.prompt_length
-        for b in np.flatnonzero(~self.complete):
+        for b, search in enumerate(searches):
+            if self.complete[search]:
+                continue
+            best = self.best[search]
             for rank in np.flatnonzero(ends[b, : self.count]):
                 row = rows[b, rank]
                 origins = np.append(self.origins[row], row)
                 text = Hypothesis(0.0, ids[row], origins, closed=True)
-                self.best[b].add(float(scores[b, rank]), length, text)
-            self.complete[b] = self.best[b].complete(float(scores[b].max()), length)
+                best.add(float(scores[b, rank]), length, text)
+            self.complete[search] = best.complete(float(scores[b].max()), length)
         return going_on
 
     def finish(self, ids: np.ndarray) -> Found:
         """Add the unfinished beams (R, S) and give back the best texts of each prompt."""
+        for search in np.flatnonzero(~self.complete):
+            self._add_unfinished(int(search), ids)
         kept: list[Hypothesis] = []
-        for b, best in enumerate(self.best):
-            if not self.complete[b]:
-                self._add_unfinished(b, ids)
-            ranked = sorted(best.texts, key=lambda text: text.score)[::-1]
+        for first in range(0, len(self.best), self.groups):
+            texts = [text for best in self.best[first : first + self.groups] for text in best.texts]
+            ranked = sorted(texts, key=lambda text: text.score)[::-1]
             kept += ranked[: self.options.num_return_sequences]
         return self._padded(kept)
 
-    def _add_unfinished(self, b: int, ids: np.ndarray) -> None:
+    def _add_unfinished(self, search: int, ids: np.ndarray) -> None:
         length = ids.shape[1] - self.prompt_length
-        for n, total in enumerate(self.totals[b]):
-            row = b * self.count + n
+        for n, total in enumerate(self.totals[search]):
+            row = search * self.count + n
             text = Hypothesis(0.0, ids[row], self.origins[row], closed=False)
-            self.best[b].add(float(total), length, text)
+            self.best[search].add(float(total), length, text)
 
     def _padded(self, texts: list[Hypothesis]) -> Found:
         """Texts of different lengths as one array; a closed one is followed by the first eos."""

@@ -172,15 +172,37 @@ def _search(run: Run, scores: np.ndarray) -> Beams:
     """Beam search, or with `do_sample` beam sampling, over all beams of all prompts at once."""
     beams = Beams(run.options, run.ids)
     while True:
-        logprobs = hf_processors.apply(run.processors, run.ids, sampling.log_softmax(scores))
-        logprobs = hf_processors.apply(run.warpers, run.ids, logprobs)
-        run.keep(logprobs)
-        rows, tokens = beams.step(run.ids, logprobs, run.rng)
+        rows, tokens = _next_beams(run, beams, sampling.log_softmax(scores))
+        beams.advance(rows)
         run.ids = np.concatenate([run.ids[rows], tokens[:, None]], axis=1)
         run.session.reorder(rows)
         if beams.done or run.stopped().all():
             return beams
         scores = run.session.feed(tokens[:, None])[:, -1]
+
+
+def _next_beams(run: Run, beams: Beams, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Let group after group choose: (rows to go on from, tokens), both (R,).
+
+    From the second group on, tokens that earlier groups of the prompt chose cost a penalty each
+    (arXiv:1610.02424).
+    """
+    rows, tokens = np.zeros(len(run.ids), np.int64), np.zeros(len(run.ids), np.int64)
+    chosen = np.zeros((len(run.ids) // run.options.num_beams, logprobs.shape[1]))  # (B, V)
+    processed = np.empty_like(logprobs)
+    for group in range(beams.groups):
+        searches = beams.searches(group)
+        mine = beams.rows(searches)
+        scores = logprobs[mine]
+        if group:
+            penalty = run.options.diversity_penalty * np.repeat(chosen, beams.count, axis=0)
+            scores = scores - penalty.astype(scores.dtype)
+        scores = hf_processors.apply(run.processors, run.ids[mine], scores)
+        processed[mine] = scores = hf_processors.apply(run.warpers, run.ids[mine], scores)
+        rows[mine], tokens[mine] = beams.step(run.ids, scores, searches, run.rng)
+        np.add.at(chosen, (mine // run.options.num_beams, tokens[mine]), 1)
+    run.keep(processed)
+    return rows, tokens
 
 
 def _speculate(run: Run, scores: np.ndarray, draft: Draft) -> None:

@@ -77,9 +77,7 @@ DEFAULTS: dict[str, Any] = {
 
 # Options of transformers that change the result and are missing: any other value is refused.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0, 0.0),
-    "diversity_penalty": (None, 0, 0.0),
     "force_words_ids": (None,),
     "constraints": (None,),
     "guidance_scale": (None, 1, 1.0),
@@ -185,7 +183,22 @@ class GenerationConfig:
                 f"`num_return_sequences` ({self.num_return_sequences}) has to be smaller or equal "
                 f"to `num_beams` ({self.num_beams})."
             )
+        self._check_groups()
         self._warn_of_idle_options()
+
+    def _check_groups(self) -> None:
+        groups, penalty = self.num_beam_groups or 1, self.diversity_penalty or 0.0
+        if groups == 1 and not penalty:
+            return
+        if self.do_sample:
+            raise ValueError("group beam search does not draw: `do_sample` must be False")
+        if groups < 1 or groups > self.num_beams or self.num_beams % groups:
+            raise ValueError("`num_beams` should be divisible by `num_beam_groups`")
+        if not penalty > 0 or groups == 1:
+            raise ValueError(
+                "`diversity_penalty` should be greater than 0.0 if there are several "
+                "`num_beam_groups`, and 0.0 if not: otherwise your groups will be identical"
+            )
 
     def _warn_of_idle_options(self) -> None:
         idle = [] if self.do_sample else [n for n in _SAMPLING_ONLY if self._differs(n)]

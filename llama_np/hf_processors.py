@@ -29,7 +29,8 @@ def processors(
     """Everything that `options` (a GenerationConfig) asks for, in order; prompt (R, P)."""
     found = [*_repetition(options, prompt), *_lengths(options, prompt.shape[1])]
     if prefix_allowed_tokens_fn is not None:
-        found.append(_allowed(prefix_allowed_tokens_fn, options.num_beams))
+        beams = options.num_beams // (options.num_beam_groups or 1)
+        found.append(_allowed(prefix_allowed_tokens_fn, beams))
     found += [*_endings(options, prompt.shape[1]), *_suppressed(options, prompt.shape[1])]
     found += custom
     if options.renormalize_logits:
@@ -60,7 +61,8 @@ def _repetition(options: Any, prompt: np.ndarray) -> Iterator[Processor]:
 
 
 def _penalize(scores: np.ndarray, ids: np.ndarray, penalty: float) -> np.ndarray:
-    seen = sampling.seen_tokens(ids, scores.shape[-1])
+    seen = np.zeros(scores.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
     return sampling.repetition_penalty(scores, seen, penalty)
 
 

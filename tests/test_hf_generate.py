@@ -373,7 +373,10 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
         ({"attention_mask": np.ones((2, 4))}, ValueError),
         ({"input_ids": np.ones((2, 4), int)}, ValueError),
         ({"penalty_alpha": 0.6}, NotImplementedError),
-        ({"num_beams": 4, "num_beam_groups": 2}, NotImplementedError),
+        ({"guidance_scale": 1.5}, NotImplementedError),
+        ({"num_beams": 4, "num_beam_groups": 2}, ValueError),  # no diversity_penalty
+        ({"num_beams": 5, "num_beam_groups": 2, "diversity_penalty": 1.0}, ValueError),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, ValueError),
         ({"prompt_lookup_num_tokens": 2}, ValueError),  # several rows
         ({"prompt_lookup_num_tokens": 2, "do_sample": True}, NotImplementedError),
     ],
@@ -494,6 +497,22 @@ def test_beam_sampling_draws_likely_texts_and_repeats_with_its_seed() -> None:
     scores = tiny()(drawn).logits[:, 4:-1]
     chosen = np.take_along_axis(scores, drawn[:, 5:, None], axis=-1)
     assert ((scores > chosen).sum(axis=-1) < 8).all()
+
+
+def test_groups_of_beams_avoid_each_others_tokens() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None, "num_beams": 6}
+    out = tiny().generate(
+        prompts(), num_beam_groups=3, diversity_penalty=1e6, num_return_sequences=6,
+        return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    for texts, rows in zip(np.split(out.sequences, 2), np.split(out.beam_indices, 2), strict=True):
+        groups = rows[:, 4] % 6 // 2  # the row that the last token was chosen from
+        for step in range(5, 10):
+            said = [set(texts[groups == group, step].tolist()) for group in range(3)]
+            assert not (said[0] & said[1] or said[0] & said[2] or said[1] & said[2])
+    alone = tiny().generate(prompts(), max_new_tokens=5, eos_token_id=None, num_beams=2)
+    first_groups = tiny().generate(prompts(), num_beam_groups=3, diversity_penalty=1e6, **options)
+    np.testing.assert_array_equal(first_groups, alone)  # the first group is a plain search
 
 
 # ------------------------------------------------------------------ speculation
