@@ -141,8 +141,7 @@ class KVCache:
             raise ValueError(f"the cache has room for {self.capacity} tokens, {needed} are needed")
         self._reallocate(max(2 * self.capacity, self.length), used)
 
-    def _reallocate(self, slots: int, used: int | None = None) -> None:
-        used = self.length if used is None else used
+    def _reallocate(self, slots: int, used: int) -> None:
         self.keys = [_widen_slots(array, used, slots) for array in self.keys]
         self.values = [_widen_slots(array, used, slots) for array in self.values]
         positions = np.full((self.batch, slots), -1, np.int64)
@@ -160,7 +159,7 @@ class KVCache:
         slots = max(self.length, other.length)
         for cache in (self, other):
             if cache.capacity < slots:
-                cache._reallocate(slots)
+                cache._reallocate(slots, cache.length)
         self.keys = [_stack(a, b) for a, b in zip(self.keys, other.keys, strict=True)]
         self.values = [_stack(a, b) for a, b in zip(self.values, other.values, strict=True)]
         self.positions = _stack(self.positions, other.positions)

@@ -57,7 +57,9 @@ def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="llama-np", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="llama-np", description="LLaMA in plain NumPy: generate, chat, check, explain."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

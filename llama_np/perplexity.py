@@ -73,6 +73,7 @@ def score_batch(
     results = []
     for row, states in zip(rows, hidden, strict=True):  # the logits of all rows would not fit
         scores = logits(states[None, : len(row) - 1], weights)[0].astype(np.float64)
-        chosen = np.take_along_axis(log_softmax(scores), np.array(row[1:], np.int64)[:, None], axis=1)
+        following = np.array(row[1:], np.int64)[:, None]
+        chosen = np.take_along_axis(log_softmax(scores), following, axis=1)
         results.append(Likelihood(float(chosen.sum()), len(row) - 1))
     return results
