@@ -65,6 +65,7 @@ INPUT_OF = {
     "lm_head": "model.norm",
     "score": "model.norm",
 }
+FEW = 1 << 22  # numbers that are converted at a time
 KEPT_WHOLE = 40_000_000  # models up to this many parameters are converted once, not per layer
 _LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.+))?")
 
@@ -186,8 +187,15 @@ class Precision:
     rounded: Callable[[np.ndarray], np.ndarray] = lambda array: array
 
     def convert(self, array: np.ndarray) -> np.ndarray:
-        """Any stored array in this precision."""
-        return self.rounded(widen(array).astype(self.dtype, copy=False))
+        """Any stored array in this precision; large ones a few rows at a time."""
+        if array.ndim < 2 or array.size <= FEW:
+            return self.rounded(widen(array).astype(self.dtype, copy=False))
+        converted = np.empty(array.shape, self.dtype)
+        step = max(1, FEW * len(array) // array.size)
+        for start in range(0, len(array), step):
+            rows = widen(array[start : start + step]).astype(self.dtype, copy=False)
+            converted[start : start + step] = self.rounded(rows)
+        return converted
 
 
 FLOAT64 = Precision("float64", np.dtype(np.float64))

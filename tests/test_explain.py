@@ -148,3 +148,12 @@ def test_broken_dumps_are_unexplained() -> None:
 def test_another_models_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="other weights"):
         explain(golden(), dump(plain()), tiny_model(np.float32, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("rope_theta", {"rope_theta": 137.5}), ("rms_eps", {"rms_norm_eps": 3e-4})],
+)
+def test_any_value_of_a_wrong_constant_is_found(name: str, change: dict[str, float]) -> None:
+    (cause,) = explained(dump(plain().with_config(**change))).causes
+    assert cause.mistake == name and f"{next(iter(change.values())):.4g}" in cause.cause

@@ -468,3 +468,12 @@ def test_a_batch_with_padding_is_compared_without_the_padding() -> None:
     assert compare(truth, read_port(arrays, truth.config)).verdict == "pass"
     arrays["model.layers.1"][1, 7:] += 1
     assert compare(truth, read_port(arrays, truth.config)).verdict == "fail"
+
+
+def test_a_wrong_projection_is_not_excused_by_readers_that_nearly_agree() -> None:
+    arrays = {n: a for n, a in clean().items() if not n.endswith(("q_rot", "k_rot", "scores"))}
+    wrong = arrays["model.layers.1.self_attn.q_proj"].copy()
+    wrong[..., 3] = 0
+    assert judged(arrays | {"model.layers.1.self_attn.q_proj": wrong}).verdict == "fail"
+    doubled = 2 * arrays["model.layers.1.self_attn.q_proj"]
+    assert judged(arrays | {"model.layers.1.self_attn.q_proj": doubled}).verdict == "pass"
