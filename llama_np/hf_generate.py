@@ -1,4 +1,4 @@
-"""generate() of the documented classes: greedy, sampled, beamed and speculative decoding.
+"""generate() of the documented classes: greedy, sampled, beamed, contrastive, speculative.
 
 The same options in the same order of effects as transformers 4.37.2, which means the same ids.
 Where 4.37.2 is plainly wrong, this is not:
@@ -31,6 +31,7 @@ from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama_np.hf_session import Session
 from llama_np.hf_speculate import Draft, DraftModel, PromptLookup
+from llama_np.layers import softmax
 from llama_np.model import check_tokens
 
 _MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "params")
@@ -65,13 +66,15 @@ class Run:
             self.scores.append(scores)
 
     def write(self, scores: np.ndarray) -> np.ndarray:
-        """Choose and append one token per row from scores (R, V); finished rows get padding."""
+        """Choose and append one token per row from scores (R, V): (R,)."""
         scores = self.processed(scores)
         self.keep(scores)
         if self.options.do_sample:
-            tokens = sampling.draw(scores, self.rng.random(len(scores)))
-        else:
-            tokens = scores.argmax(axis=-1)
+            return self.append(sampling.draw(scores, self.rng.random(len(scores))))
+        return self.append(scores.argmax(axis=-1))
+
+    def append(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one token per row; finished rows get padding instead. Returns what was written."""
         pad = self.options.pad_token_id
         tokens = np.where(self.unfinished, tokens, 0 if pad is None else pad)
         self.ids = np.concatenate([self.ids, tokens[:, None]], axis=1)
@@ -158,6 +161,9 @@ def _decode(
     if draft is not None:
         _speculate(run, scores, draft)
         return None
+    if run.options.contrasts():
+        _contrast(run, scores)
+        return None
     tokens = run.write(scores)
     while not run.finished():
         tokens = run.write(run.session.feed(tokens[:, None])[:, -1])
@@ -203,6 +209,36 @@ def _next_beams(run: Run, beams: Beams, logprobs: np.ndarray) -> tuple[np.ndarra
         np.add.at(chosen, (mine // run.options.num_beams, tokens[mine]), 1)
     run.keep(processed)
     return rows, tokens
+
+
+def _contrast(run: Run, scores: np.ndarray) -> None:
+    """Contrastive search (arXiv:2202.06417): likely tokens that do not repeat what was said.
+
+    Of the top_k candidates the one with the largest (1 - alpha) * probability - alpha * (largest
+    cosine between its hidden state and those of the text so far) is written.
+    """
+    k, alpha = min(run.options.top_k, scores.shape[1]), float(run.options.penalty_alpha)
+    said = run.session.hidden  # (R, S, D)
+    while not run.finished():
+        scores = run.processed(scores)
+        run.keep(scores)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # (R, k)
+        likely = np.take_along_axis(softmax(scores), best, axis=1)  # (R, k)
+        run.session.repeat(k)
+        every = run.session.feed(best.reshape(-1, 1))[:, -1]  # (R * k, V)
+        heard = run.session.hidden.reshape(*best.shape, -1)  # (R, k, D)
+        cosines = _unit(heard) @ _unit(said).swapaxes(1, 2)  # (R, k, S)
+        chosen = ((1 - alpha) * likely - alpha * cosines.max(axis=2)).argmax(axis=1)  # (R,)
+        row = np.arange(len(best))
+        run.session.select(row * k + chosen)
+        said = np.concatenate([said, heard[row, chosen][:, None]], axis=1)  # (R, S, D)
+        scores = every[row * k + chosen]  # (R, V)
+        run.append(best[row, chosen])
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Vectors of length 1: (..., D) -> (..., D)."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _speculate(run: Run, scores: np.ndarray, draft: Draft) -> None:
@@ -345,6 +381,8 @@ def _session(
     past = given.get("past_key_values")
     if mask.ndim != 2 or len(mask) != B or mask.shape[1] < P:
         raise ValueError(f"Attention mask should be of size {(B, P)}, but is {mask.shape}")
+    if options.contrasts() and not options.use_cache:
+        raise ValueError("Contrastive search requires `use_cache=True`")
     cache = model.memory(past, B)
     if cache is None and (options.use_cache or embedded is not None):
         cache = model.new_cache(B)

@@ -77,7 +77,6 @@ DEFAULTS: dict[str, Any] = {
 
 # Options of transformers that change the result and are missing: any other value is refused.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "penalty_alpha": (None, 0, 0.0),
     "force_words_ids": (None,),
     "constraints": (None,),
     "guidance_scale": (None, 1, 1.0),
@@ -184,7 +183,14 @@ class GenerationConfig:
                 f"to `num_beams` ({self.num_beams})."
             )
         self._check_groups()
+        if self.contrasts() and (self.output_attentions or self.output_hidden_states):
+            raise NotImplementedError("contrastive search does not return what the model computed")
         self._warn_of_idle_options()
+
+    def contrasts(self) -> bool:
+        """Whether these options ask for contrastive search."""
+        alone = self.num_beams == 1 and not self.do_sample
+        return bool(alone and self.penalty_alpha and self.top_k and self.top_k > 1)
 
     def _check_groups(self) -> None:
         groups, penalty = self.num_beam_groups or 1, self.diversity_penalty or 0.0

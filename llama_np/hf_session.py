@@ -34,6 +34,7 @@ class Session:
             self.following = positions[:, -1:] + 1
         self.attentions: list[tuple[np.ndarray, ...]] | None = [] if traced[0] else None
         self.hidden_states: list[tuple[np.ndarray, ...]] | None = [] if traced[1] else None
+        self.hidden = np.zeros((len(self.mask), 0, 0))  # final hidden states of the latest tokens
         self._embedded: np.ndarray | None = None  # everything fed so far, where nothing is cached
 
     def _counted(self) -> np.ndarray:
@@ -80,7 +81,8 @@ class Session:
             self.attentions.append(out.attentions)
         if self.hidden_states is not None:
             self.hidden_states.append(out.hidden_states)
-        return logits(out.last_hidden_state[:, -keep:], self.weights, self.model.rounding)
+        self.hidden = out.last_hidden_state  # (R, T, D)
+        return logits(self.hidden[:, -keep:], self.weights, self.model.rounding)
 
     def _extend(self, end: int) -> None:
         """Make room for columns that are fed for the first time; they are all seen."""
@@ -114,12 +116,15 @@ class Session:
         if self._embedded is not None:
             self._embedded = self._embedded[rows]
 
-    def repeat(self, count: int) -> None:
-        """Every row `count` times, neighbours of each other; what was traced, too."""
-        rows = np.repeat(np.arange(len(self.mask)), count)
+    def select(self, rows: np.ndarray) -> None:
+        """Keep the given rows, in the given order; a row may be taken more than once."""
         self.reorder(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         self.following = self.following[rows]
+
+    def repeat(self, count: int) -> None:
+        """Every row `count` times, neighbours of each other; what was traced, too."""
+        self.select(np.repeat(np.arange(len(self.mask)), count))
         for steps in (self.attentions, self.hidden_states):
             if steps is not None and count > 1:
                 steps[:] = [tuple(np.repeat(a, count, axis=0) for a in step) for step in steps]

@@ -372,7 +372,8 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
         ({"nonsense": 1}, ValueError),
         ({"attention_mask": np.ones((2, 4))}, ValueError),
         ({"input_ids": np.ones((2, 4), int)}, ValueError),
-        ({"penalty_alpha": 0.6}, NotImplementedError),
+        ({"penalty_alpha": 0.6, "use_cache": False}, ValueError),
+        ({"force_words_ids": [[3]], "num_beams": 2}, NotImplementedError),
         ({"guidance_scale": 1.5}, NotImplementedError),
         ({"num_beams": 4, "num_beam_groups": 2}, ValueError),  # no diversity_penalty
         ({"num_beams": 5, "num_beam_groups": 2, "diversity_penalty": 1.0}, ValueError),
@@ -438,6 +439,30 @@ def test_top_k_1_and_tiny_top_p_are_greedy() -> None:
     for options in [*sharp, {"temperature": 1e-4}]:
         drawn = tiny().generate(prompts(), do_sample=True, max_new_tokens=6, rng=1, **options)
         np.testing.assert_array_equal(drawn, greedy)
+
+
+# ------------------------------------------------------------------ contrastive search
+
+
+def test_contrastive_search_weighs_probability_against_repetition() -> None:
+    """Computed again from the definition, one candidate and one whole text at a time."""
+    model, alpha, k = tiny(), 0.6, 4
+    text = prompts(1)[0].tolist()
+    for _ in range(6):
+        scores = model(np.array([text])).logits[0, -1]
+        probabilities = np.exp(sampling.log_softmax(scores))
+        worth = {}
+        for token in np.argsort(-scores)[:k].tolist():
+            hidden = model.model(np.array([[*text, token]])).last_hidden_state[0]
+            hidden /= np.linalg.norm(hidden, axis=1, keepdims=True)
+            degeneration = (hidden[:-1] @ hidden[-1]).max()
+            worth[token] = (1 - alpha) * probabilities[token] - alpha * degeneration
+        text.append(max(worth, key=worth.__getitem__))
+    both = np.stack([prompts(1)[0], prompts(1, seed=2)[0]])
+    found = model.generate(both, penalty_alpha=alpha, top_k=k, max_new_tokens=6, eos_token_id=None)
+    assert found[0].tolist() == text
+    greedy = model.generate(both, max_new_tokens=6, eos_token_id=None)
+    assert (found != greedy).any()
 
 
 # ------------------------------------------------------------------ beams
