@@ -387,8 +387,9 @@ def _reversed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x[..., ::-1]) @ backwards.T
 
 
-def _in_blocks(x: np.ndarray, weight: np.ndarray, size: int = 8) -> np.ndarray:
+def _in_blocks(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Partial sums of a few products, added one after another, as simple loops do it."""
+    size = max(8, x.shape[-1] // 64)
     total = x[..., :size] @ weight[:, :size].T
     for start in range(size, x.shape[-1], size):
         total += x[..., start : start + size] @ weight[:, start : start + size].T

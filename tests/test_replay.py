@@ -152,3 +152,17 @@ def test_a_mistake_is_a_faulty_op_unless_it_only_feeds_other_tokens(name: str) -
     if variants(BY_ID[name], plain()):
         expected = "pass" if name.startswith("bos_") else "fail"
         assert replayed(mistaken(name)).verdict == expected
+
+
+def test_channels_permuted_everywhere_are_equivalent() -> None:
+    arrays, half = dump(plain()), np.array([2, 0, 1])
+    order = np.concatenate([half, half + 3])
+    for name, array in arrays.items():
+        if name.endswith(("cos", "sin", "q_rot", "k_rot")):
+            arrays[name] = array[..., order]
+        if name.endswith(("q_proj", "k_proj")):
+            arrays[name] = array.reshape(1, 16, -1, 6)[..., order].reshape(array.shape)
+    assert replayed(arrays).verdict == "pass"
+    clean = dump(plain())
+    tables = {name: clean[name] for name in ("model.rotary_emb.cos", "model.rotary_emb.sin")}
+    assert replayed(arrays | tables).verdict == "fail"
