@@ -61,3 +61,8 @@ def test_the_names_of_mistakes_are_unique_within_an_exercise() -> None:
         ids = sorted(mistake.id for mistake in exercise.mistakes)
         assert all(a != b for a, b in pairwise(ids))
         assert len(ids) >= 3
+
+
+def test_a_list_of_ids_is_an_answer_even_if_it_is_empty() -> None:
+    right = EXERCISES["encode"].reference
+    assert examine(EXERCISES["encode"], lambda *inputs: right(*inputs).tolist()).passed
