@@ -34,7 +34,15 @@ from llama_np.hf_speculate import Draft, DraftModel, PromptLookup
 from llama_np.layers import softmax
 from llama_np.model import check_tokens
 
-_MODEL_INPUTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "params")
+_MODEL_INPUTS = (
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "params",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 
 
 @dataclass
@@ -118,13 +126,12 @@ def generate(
     options.validate()
     session = _session(model, given, ids, embedded, options)
     prompt = np.repeat(ids, _rows_per_prompt(options), axis=0)
+    asked = hf_processors.processors(options, ids, prefix_allowed_tokens_fn, logits_processor or [])
     run = Run(
         options=options,
         ids=prompt,
         session=session,
-        processors=hf_processors.processors(
-            options, ids, prefix_allowed_tokens_fn, logits_processor or []
-        ),
+        processors=[*_guidance(model, session, given, options), *asked],
         warpers=hf_processors.warpers(options) if options.do_sample else [],
         criteria=_criteria(stopping_criteria),
         streamer=streamer,
@@ -139,6 +146,40 @@ def generate(
         streamer.put(ids)
     draft = _draft(model, assistant_model, run, given)
     return _answer(run, _decode(run, ids, embedded, draft))
+
+
+class Guidance:
+    """Classifier-free guidance (arXiv:2306.17806): away from what the text alone would say.
+
+    `scale` times the log-probabilities' distance from those without the prompt, or with the
+    negative one. A processor that reads along, token by token.
+    """
+
+    def __init__(self, session: Session, scale: float, prompt: np.ndarray | None) -> None:
+        self.session, self.scale, self.prompt = session, scale, prompt
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        first = self.session.length == 0 and self.prompt is not None
+        new = self.prompt if first else ids[:, -1:]
+        without = sampling.log_softmax(self.session.feed(new)[:, -1])
+        return self.scale * (sampling.log_softmax(scores) - without) + without
+
+
+def _guidance(
+    model: Any, session: Session, given: Mapping[str, Any], options: GenerationConfig
+) -> list[hf_processors.Processor]:
+    """The guiding processor, if one was asked for."""
+    if options.guidance_scale in (None, 1):
+        return []
+    prompt, mask = given.get("negative_prompt_ids"), given.get("negative_prompt_attention_mask")
+    rows = len(session.mask) * _rows_per_prompt(options)
+    seen = np.zeros((rows, 0), np.int64)
+    if prompt is not None:
+        prompt = check_tokens(prompt, model.vocab_size)
+        seen = np.ones_like(prompt) if mask is None else np.asarray(mask)
+        prompt, seen = (np.repeat(a, rows // len(prompt), axis=0) for a in (prompt, seen))
+    beside = Session(model, session.weights, seen, model.new_cache(rows))
+    return [Guidance(beside, float(options.guidance_scale), prompt)]
 
 
 def _criteria(given: Any) -> list[Callable[[np.ndarray, Any], Any]]:
@@ -414,8 +455,8 @@ def _draft(model: Any, assistant: Any, run: Run, given: Mapping[str, Any]) -> Dr
     options = run.options
     if assistant is None and options.prompt_lookup_num_tokens is None:
         return None
-    if options.num_beams > 1 or options.do_sample:
-        raise NotImplementedError("speculation is greedy: do_sample=False and num_beams=1")
+    if options.num_beams > 1 or options.do_sample or options.guidance_scale not in (None, 1):
+        raise NotImplementedError("speculation is plainly greedy: do_sample=False and num_beams=1")
     if len(run.ids) > 1:
         raise ValueError("assisted generate is only supported for batch_size = 1")
     if run.session.cache is None:

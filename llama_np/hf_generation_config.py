@@ -79,7 +79,6 @@ DEFAULTS: dict[str, Any] = {
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (None,),
     "constraints": (None,),
-    "guidance_scale": (None, 1, 1.0),
 }
 _SAMPLING_ONLY = ("temperature", "top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
 FILE = "generation_config.json"
@@ -183,6 +182,8 @@ class GenerationConfig:
                 f"to `num_beams` ({self.num_beams})."
             )
         self._check_groups()
+        if self.guidance_scale not in (None, 1) and self.num_beams > 1:
+            raise NotImplementedError("guidance_scale works with one beam only")
         if self.contrasts() and (self.output_attentions or self.output_hidden_states):
             raise NotImplementedError("contrastive search does not return what the model computed")
         self._warn_of_idle_options()

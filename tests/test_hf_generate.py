@@ -374,7 +374,7 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
         ({"input_ids": np.ones((2, 4), int)}, ValueError),
         ({"penalty_alpha": 0.6, "use_cache": False}, ValueError),
         ({"force_words_ids": [[3]], "num_beams": 2}, NotImplementedError),
-        ({"guidance_scale": 1.5}, NotImplementedError),
+        ({"guidance_scale": 1.5, "num_beams": 2}, NotImplementedError),
         ({"num_beams": 4, "num_beam_groups": 2}, ValueError),  # no diversity_penalty
         ({"num_beams": 5, "num_beam_groups": 2, "diversity_penalty": 1.0}, ValueError),
         ({"num_beams": 4, "diversity_penalty": 1.0}, ValueError),
@@ -439,6 +439,24 @@ def test_top_k_1_and_tiny_top_p_are_greedy() -> None:
     for options in [*sharp, {"temperature": 1e-4}]:
         drawn = tiny().generate(prompts(), do_sample=True, max_new_tokens=6, rng=1, **options)
         np.testing.assert_array_equal(drawn, greedy)
+
+
+@pytest.mark.parametrize("negative", [None, [[4, 5, 6]]])
+def test_guidance_leads_away_from_what_the_text_alone_would_say(negative: Any) -> None:
+    model, text, scale = tiny(), prompts(1), 2.5
+    out = model.generate(
+        text, guidance_scale=scale, negative_prompt_ids=negative, max_new_tokens=4,
+        eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    before = text[:, -1:] if negative is None else np.array(negative)
+    for step, scores in enumerate(out.scores):
+        said = out.sequences[:, 5 : 5 + step]
+        with_prompt, without = (
+            sampling.log_softmax(model(np.concatenate([start, said], axis=1)).logits[:, -1])
+            for start in (text, before)
+        )
+        expected = without + scale * (with_prompt - without)
+        np.testing.assert_allclose(scores, expected, rtol=1e-9)  # float64 run
 
 
 # ------------------------------------------------------------------ contrastive search
