@@ -198,8 +198,10 @@ class LlamaForCausalLM(_WithHead):
 
         Every attribute of GenerationConfig is a keyword: max_new_tokens, max_length (20 tokens
         with the prompt, if nothing is said), do_sample with temperature, top_k, top_p, ...,
-        num_beams, num_return_sequences, repetition_penalty, bad_words_ids, eos_token_id (an id,
-        several, or None for none), output_scores and return_dict_in_generate, and the rest.
+        num_beams (in num_beam_groups with a diversity_penalty), penalty_alpha (contrastive
+        search), guidance_scale, num_return_sequences, repetition_penalty, bad_words_ids,
+        eos_token_id (an id, several, or None for none), output_scores and
+        return_dict_in_generate, and the rest.
         attention_mask: by default padding is not seen, if pad_token_id is set and no eos id;
         batches are padded on the left. inputs_embeds, past_key_values, params as in `forward`.
         rng: a generator or a seed for do_sample. Custom logits processors are functions
