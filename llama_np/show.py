@@ -173,7 +173,9 @@ def lines(
         axes.set_xscale("log")
     if "y" in log:
         axes.set_yscale("log")
-    if len(curves) > 1:
+    if len(curves) > 4:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif len(curves) > 1:
         axes.legend(loc="best")
     return _finish(axes, title, xlabel, ylabel)
 
