@@ -46,7 +46,7 @@ MODELS = (LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
 TOKENIZERS = (LlamaTokenizer, LlamaTokenizerFast)
 # Public because the library's modules use them among themselves; no documentation has them.
 OWN = {
-    "default_generation_config", "embed", "memory", "new_cache", "rounding", "run", "with_params",
+    "contrasts", "default_generation_config", "embed", "memory", "new_cache", "rounding", "run", "with_params",
 }  # fmt: skip
 
 # ------------------------------------------------------------------ the table
@@ -414,12 +414,8 @@ def test_options_about_memory_and_other_architectures_change_no_text() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"penalty_alpha": 0.6, "top_k": 4},
-        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-        {"num_beams": 4, "diversity_penalty": 0.5},
         {"num_beams": 3, "force_words_ids": [[5]]},
         {"num_beams": 3, "constraints": [object()]},
-        {"guidance_scale": 1.5},
     ],
 )
 def test_strategies_that_are_not_offered_are_refused(options: dict[str, Any]) -> None:
