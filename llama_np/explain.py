@@ -168,10 +168,12 @@ class Evidence:
         return self.ready[key]
 
     def _targets(self, name: str, run: Run, rows: int) -> Iterator[Target]:
-        tokens, positions, calls = run.tokens, run.positions, run.calls
+        tokens, calls = run.tokens, run.calls
         if run.rows is not None:
-            tokens, positions = tokens[:, run.rows], positions[:, run.rows]
-            calls = (rows,)
+            tokens, calls = tokens[:, run.rows], (rows,)
+        # Tables are read at the true positions, whatever the hypothesis rotates by.
+        same = tokens.shape == self.golden.tokens.shape
+        positions = self.golden.positions if same else np.arange(rows)[None]
         like = replace(self.golden, tokens=tokens, positions=positions, calls=calls,
                        prompt=min(run.prompt, rows))  # fmt: skip
         for array in self.port.arrays[name]:

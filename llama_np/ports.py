@@ -329,8 +329,10 @@ def _topk(raw: Mapping[str, Stored]) -> TopK | None:
     if "topk_logprobs" not in raw:
         return None
     logprobs = np.atleast_2d(np.squeeze(_numbers(raw["topk_logprobs"], "topk_logprobs")))
-    ids = np.atleast_2d(np.squeeze(raw["topk_ids"].widened())) if "topk_ids" in raw else None
-    return TopK(logprobs.astype(np.float64), None if ids is None else ids.astype(np.int64))
+    ids = _ids(Stored("I64", np.squeeze(raw["topk_ids"].widened()))) if "topk_ids" in raw else None
+    if logprobs.ndim != 2 or not logprobs.size or (ids is not None and ids.shape != logprobs.shape):
+        raise CheckpointError("topk_logprobs and topk_ids: expected k numbers each, or n rows of k")
+    return TopK(logprobs.astype(np.float64), ids)
 
 
 def _precision(raw: Mapping[str, Stored], arrays: Mapping[str, list[Array]]) -> str:
@@ -501,20 +503,21 @@ def _table_readings(
     layout = ""
     if values.shape[-1] == H // 2:
         values, layout = np.concatenate([values, values], axis=-1), "half width"
-    rows = values.reshape(-1, H)
-    if len(rows) in (T, golden.prompt):
-        yield np.broadcast_to(rows, (B, len(rows), H)), layout
-    elif len(rows) == B * T:
+    rows, at = values.reshape(-1, H), np.maximum(golden.positions, 0)
+    if len(rows) == B * T:
         yield rows.reshape(B, T, H), layout
+    if len(rows) in (T, golden.prompt):
+        yield rows[np.minimum(at[:, : len(rows)], len(rows) - 1)], layout
     for calls in dict.fromkeys([golden.calls, *_calls_for(len(rows), T)]):
         ends = np.cumsum(calls)
         if len(rows) == ends.sum() and len(calls) > 1:  # every call returned a whole table
-            stops = np.cumsum(ends)
-            picked = [rows[stop - n : stop] for stop, n in zip(stops, calls, strict=True)]
-            where = np.broadcast_to(np.concatenate(picked), shape)
-            yield where, f"{layout} one table per call".strip()
+            first = np.repeat(np.cumsum(ends) - ends, calls)  # where the table of its call begins
+            yield (
+                rows[np.minimum(first + at, len(rows) - 1)],
+                f"{layout} one table per call".strip(),
+            )
     if len(rows) > T:
-        yield rows[np.maximum(golden.positions, 0)], f"{layout} table over positions".strip()
+        yield rows[np.minimum(at, len(rows) - 1)], f"{layout} table over positions".strip()
 
 
 def _calls_for(rows: int, T: int) -> Iterator[tuple[int, ...]]:

@@ -35,7 +35,7 @@ from llama_np.experiment import (
 )
 from llama_np.ports import ROTARY, Dump, Port, View, read_port, views
 from llama_np.trace import Golden, Model, in_order, load_golden, open_model, texts_as_rows
-from llama_np.verify import FAIL, PASS, cleaned
+from llama_np.verify import FAIL, HOPELESS, PASS, cleaned
 
 STRICT = 2e-6  # one float32 op against float64, whatever the depth and the data
 SLACK = 2.0  # an op may be twice as far off as an honest one
@@ -281,7 +281,7 @@ def _limits(port: Port, run: Run, like: Golden, exact: _Pass) -> dict[str, float
         for name, gold in exact.computed.items():
             worst[name] = max(worst[name], error(attempt.computed[name], gold))
     floor = {"float32": STRICT, "bfloat16": 2.0**-9, "float16": 2.0**-12}[precision.name]
-    return {name: max(SLACK * size, least, floor) for name, size in worst.items()}
+    return {name: min(max(SLACK * size, least, floor), HOPELESS) for name, size in worst.items()}
 
 
 def _unless_shifted(result: Replayed, port: Port, run: Run, like: Golden) -> Replayed:

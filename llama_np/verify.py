@@ -44,6 +44,7 @@ class Finding:
     position: int | None = None
     profile: tuple[float, ...] = ()
     heads: tuple[float, ...] = ()
+    rows: int = 0
 
     @property
     def ratio(self) -> float:
@@ -137,7 +138,8 @@ def compare(golden: Golden, port: Port) -> Report:
     covered = [n for n in in_order(golden.tensors, golden.config) if n in port.arrays]
     every = [f for name in covered for f in _worst(golden, port, name, usable)]
     findings = _settle_ambiguous(every)
-    findings = _same_rows(findings, golden)
+    fed = None if port.tokens is None else port.tokens.shape[1]
+    findings = _same_rows(findings, golden, fed)
     findings = _settle_layouts(findings, golden, port)
     findings += _topk_findings(golden, port) + _greedy_findings(golden, port)
     if not findings and not (port.tokens is not None and not problems):
@@ -173,6 +175,8 @@ def _token_problems(golden: Golden, port: Port) -> Iterator[str]:
     wrong = np.argwhere((mine != gold[:, :n]) & real)
     if n < min(golden.prompt, gold.shape[1]):
         yield f"the dump holds {n} token ids, the prompt alone has {golden.prompt}"
+    elif n not in (golden.prompt, gold.shape[1]):
+        yield f"the dump holds {n} token ids, the golden file has {gold.shape[1]}"
     elif len(wrong):
         b, t = wrong[0].tolist()
         yield f"other token ids: {int(mine[b, t])} at position {t}, expected {int(gold[b, t])}"
@@ -245,7 +249,7 @@ def measure(
     position = None if status != FAIL else rows.start + (first or 0)
     return Finding(
         name, status, size, peak, yardstick, view.label, view.layout, reason, rows.start,
-        position, profile, heads,
+        position, profile, heads, n,
     )  # fmt: skip
 
 
@@ -314,18 +318,21 @@ def _settle_ambiguous(findings: list[Finding]) -> list[Finding]:
     return [by_name[name] for name in order if name in by_name]
 
 
-def _same_rows(findings: list[Finding], golden: Golden) -> list[Finding]:
-    """Only the end of the model may lack rows: some tools drop those that nobody reads."""
-    most = max((len(f.profile) for f in findings), default=0)
-    last = golden.config.num_hidden_layers - 1
+def _same_rows(findings: list[Finding], golden: Golden, tokens: int | None) -> list[Finding]:
+    """A dump holds all rows, or the prompt's; the end of the model may hold only the last ones."""
+    T, P, last = golden.tokens.shape[1], golden.prompt, golden.config.num_hidden_layers - 1
+    read = {1, T - P, T - P + 1, len(golden.calls)} - {0}  # rows whose logits somebody reads
+    longest = max((f.rows for f in findings), default=0)
+    whole = {T, P} if longest in (T, P) else read
 
     def checked(f: Finding) -> Finding:
         layer = split_name(f.tensor)[0]
         at_end = layer == last or f.tensor in ("model.norm", "lm_head", "score")
-        if len(f.profile) in (0, most) or at_end or "rotary_emb" in f.tensor:
+        fits = f.rows == longest in whole or (at_end and f.rows in read)
+        if f.rows == 0 or (fits and (tokens is None or f.rows <= tokens)):
             return f
-        reason = f"{len(f.profile)} rows, the other arrays have {most}"
-        return replace(f, status=FAIL, error=float("inf"), reason=reason, position=f.position or 0)
+        found = f"{f.rows} rows, expected {T} (or the {P} of the prompt, everywhere)"
+        return replace(f, status=FAIL, error=float("inf"), reason=found, position=f.position or 0)
 
     return [checked(f) for f in findings]
 
@@ -441,7 +448,8 @@ def _products_agree(state: _Settling, layer: int) -> bool | None:
 def _products(q: np.ndarray, k: np.ndarray, golden: Golden) -> np.ndarray:
     B, N, T, H = q.shape
     grouped = q.astype(np.float64).reshape(B, k.shape[1], -1, H)
-    dots = (grouped @ k.astype(np.float64).swapaxes(2, 3)).reshape(B, N, T, T)
+    with np.errstate(all="ignore"):
+        dots = (grouped @ k.astype(np.float64).swapaxes(2, 3)).reshape(B, N, T, T)
     return cleaned("model.layers.0.self_attn.scores", dots, golden, slice(0, T))
 
 
@@ -483,11 +491,9 @@ def _is_permuted(state: _Settling, name: str, width: int) -> bool:
     if len(a) > MOST_UNITS or not np.isfinite(a).all():
         return False
     distance = (a * a).sum(1)[:, None] + (r * r).sum(1) - 2 * a @ r.T
-    nearest = distance.argmin(axis=1)
-    if len(set(nearest.tolist())) < len(a):
-        return False
-    limit = state.findings[name].yardstick
-    return error(a, r[nearest]) <= 4 * limit
+    limit = 4 * state.findings[name].yardstick
+    there, back = distance.argmin(axis=1), distance.argmin(axis=0)
+    return error(a, r[there]) <= limit and error(r, a[back]) <= limit
 
 
 def _is_scaled(state: _Settling, name: str) -> bool:
@@ -510,16 +516,40 @@ def _units(name: str, x: np.ndarray, width: int) -> np.ndarray:
 
 
 def _settle_tables(state: _Settling) -> None:
-    """Rotary tables may differ (all positions shifted) if everything that uses them is right."""
-    tables = ("model.rotary_emb.cos", "model.rotary_emb.sin")
-    for name in tables:
-        turned = name in state.findings and "interleaved" in state.findings[name].layout
-        if turned and state.good(name):
-            continue
-    rest = [name for name in state.findings if name not in tables]
-    if state.all_good(rest) and any(split_name(name)[1] not in BEFORE_ROTATION for name in rest):
-        for name in tables:
+    """Rotary tables may be shifted or permuted if everything that uses them is right."""
+    rest = [name for name in state.findings if name not in TABLES]
+    if not state.all_good(rest) or not any(split_name(n)[1] not in BEFORE_ROTATION for n in rest):
+        return
+    for name in TABLES:
+        if state.bad(name) and (_is_shifted(state, name) or _is_permuted(state, name, 1)):
             state.excuse(name, "other angles, but everything that uses them is right")
+
+
+TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
+
+
+def _is_shifted(state: _Settling, name: str) -> bool:
+    """Whether a table is the true one with a constant added to every channel's angle.
+
+    cos(x + c) = cos(c) cos(x) - sin(c) sin(x): a combination of both tables, of length 1.
+    """
+    array, golden = state.label(name), state.golden
+    pair = [golden.tensors.get(table) for table in TABLES]
+    if array is None or pair[0] is None or pair[1] is None:
+        return False
+    for view in views(name, array, golden):
+        mine = view.values[0].astype(np.float64)
+        rows = slice(view.start, view.start + len(mine))
+        cos, sin = (np.asarray(table)[0, rows].astype(np.float64) for table in pair)
+        if len(mine) < 4 or not np.isfinite(mine).all():
+            continue
+        fits = [np.linalg.lstsq(np.stack([c, s], 1), m, rcond=None)[0]
+                for c, s, m in zip(cos.T, sin.T, mine.T, strict=True)]  # fmt: skip
+        a, b = np.array(fits).T
+        close = error(mine, a * cos + b * sin) <= 10 * state.findings[name].yardstick
+        if close and np.abs(a**2 + b**2 - 1).max() < 0.02:
+            return True
+    return False
 
 
 BEFORE_ROTATION = ("model.embed_tokens", "input_layernorm", "self_attn.q_proj",
