@@ -158,7 +158,7 @@ def test_stubs_are_not_attempted_and_solutions_are_folded_and_correct(path: Path
     cells = cells_of(path, "code")
     stubs = [cell for cell in cells if "raise NotImplementedError" in source_of(cell)]
     folded = [cell for cell in cells if cell["metadata"].get("jupyter", {}).get("source_hidden")]
-    assert stubs
+    assert any("not attempted" in stored_text(cell) for cell in cells)
     assert folded
     assert all("not attempted" in stored_text(c) for c in stubs if "check(" in source_of(c))
     assert all("correct" in stored_text(c) for c in folded if "check(" in source_of(c))
