@@ -64,13 +64,13 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Ran:
 
 def stored_text(cell: Cell) -> str:
     """What the notebook file says that the cell printed and returned."""
-    parts = []
+    text = ""
     for output in cell["outputs"]:
-        if output["output_type"] == "stream":
-            parts.append("".join(output["text"]))
+        if output["output_type"] == "stream":  # may be cut anywhere into several
+            text += "".join(output["text"])
         else:
-            parts.append("".join(output["data"].get("text/plain", [])))
-    return "\n".join(parts)
+            text += "\n" + "".join(output["data"].get("text/plain", [])) + "\n"
+    return text
 
 
 # Rounded numbers; whole numbers, such as token ids and shapes, are text like any other.
