@@ -241,9 +241,13 @@ def explain(
         trials.append(_try(evidence, (ids,), base))
     accepted = (ids and _accepted(evidence, trials[-1:])) or _accepted(evidence, trials)
     if not accepted:
-        accepted = _accepted(evidence, _fitted(evidence, base))
+        accepted = _accepted(evidence, _fitted(evidence, base, mistakes))
     if not accepted and pairs:
         accepted = _accepted(evidence, _pairs(evidence, trials, mistakes))
+    if not accepted and "head_untied" in {mistake.id for mistake in mistakes}:
+        other = _other_head(evidence, base)
+        if other is not None:
+            return Explanation("explained", (other,), report, notes=notes)
     return _conclude(evidence, accepted, trials, notes)
 
 
@@ -368,12 +372,14 @@ def _accepted(evidence: Evidence, trials: Iterable[Trial]) -> list[Trial]:
     return sorted(good, key=lambda trial: trial.distance)
 
 
-def _fitted(evidence: Evidence, base: Run) -> Iterator[Trial]:
+def _fitted(evidence: Evidence, base: Run, mistakes: tuple[Mistake, ...]) -> Iterator[Trial]:
     """Numbers that a port got wrong by any amount: the value that fits the first divergence."""
     first = evidence.report.first_divergence
     if first is None or first.tensor not in evidence.names or not np.isfinite(first.error):
         return
     for mistake, change, low, high in FITTED:
+        if mistake not in mistakes:
+            continue
         value = _best_value(evidence, base, change, first.tensor, low, high)
         if value is None:
             continue
@@ -419,13 +425,7 @@ FITTED: tuple[tuple[Mistake, Change, float, float], ...] = (
     (BY_ID["rope_theta"], lambda run, x: run.with_config(rope_theta=x), 10.0, 1e8),
     (BY_ID["rms_eps"], lambda run, x: run.with_config(rms_norm_eps=x), 1e-12, 1.0),
     (
-        Mistake(
-            "attn_scale_other",
-            "Scores are scaled by a number of their own.",
-            "scores = q @ k.T / sqrt(head_dim)",
-            ("AI-Hypercomputer/maxtext#1370",),
-            (),
-        ),
+        BY_ID["attn_scale_other"],
         lambda run, x: run.with_ops(self_attn__scores=lambda array, place: array * x),
         0.02,
         50.0,
@@ -496,6 +496,38 @@ def _promise(evidence: Evidence, trial: Trial) -> tuple[float, float]:
             break
         fits += 1
     return -fits, list(trial.errors.values())[-1] if trial.errors else float("inf")
+
+
+def _other_head(evidence: Evidence, base: Run) -> Cause | None:
+    """A head that was never loaded: no run can predict its logits, but their angles it can.
+
+    With random weights W, logits h @ W.T of V words have products among tokens that follow those
+    of the hidden states h, up to a scale and sqrt((r + 1) / V), r being how many directions h
+    fills. Nothing before the head may fail, and the logits must be unrelated to the true ones.
+    """
+    first = evidence.report.first_divergence
+    if first is None or first.tensor != "lm_head" or "lm_head" not in evidence.names:
+        return None
+    trace, _ = evaluate(one_call(base), names=frozenset(["model.norm", "lm_head"]))
+    rows, mine, _ = evidence.targets(base)["lm_head"][0]
+    h, gold = trace["model.norm"][0, rows], trace["lm_head"][0, rows].ravel()
+    related = abs(gold @ mine[0].ravel()) / (np.linalg.norm(gold) * np.linalg.norm(mine) or 1.0)
+    if not np.isfinite(mine).all() or not mine.any() or related > UNRELATED:
+        return None
+    products, expected = mine[0] @ mine[0].T, h @ h.T
+    expected *= (products * expected).sum() / (expected**2).sum()
+    spread = float(np.trace(expected) ** 2 / (expected**2).sum())
+    yardstick = math.sqrt((spread + 1) / mine.shape[-1])
+    size = error(products, expected)
+    by_chance = error(products, np.diag(np.diag(products)))  # what unrelated tokens would give
+    if size > 2 * yardstick or size > BETTER * by_chance:
+        return None
+    m = BY_ID["head_untied"]
+    cause = "Everything is right up to the head, whose weights look random: it was not loaded."
+    return Cause(m.id, size, yardstick, m.advice, cause, m.threads)
+
+
+UNRELATED = 0.2  # cosine between logits that have nothing in common
 
 
 def _conclude(

@@ -1131,6 +1131,13 @@ CATALOGUE: tuple[Mistake, ...] = (
         (scores_times(lambda config: float(config.head_dim)),),
     ),
     Mistake(
+        "attn_scale_other",
+        "Scores are scaled by a number of their own.",
+        "scores = q @ k.T / sqrt(head_dim)",
+        ("AI-Hypercomputer/maxtext#1370",),
+        (scores_times(lambda config: 2.0), scores_times(lambda config: 0.5)),
+    ),
+    Mistake(
         "scores_softcapped",
         "Scores pass through a soft cap, as in Gemma 2.",
         "LLaMA has no soft cap.",
