@@ -506,10 +506,11 @@ def _other_head(evidence: Evidence, base: Run) -> Cause | None:
     fills. Nothing before the head may fail, and the logits must be unrelated to the true ones.
     """
     first = evidence.report.first_divergence
-    if first is None or first.tensor != "lm_head" or "lm_head" not in evidence.names:
+    readings = evidence.targets(base).get("lm_head")
+    if first is None or first.tensor != "lm_head" or not readings:
         return None
     trace, _ = evaluate(one_call(base), names=frozenset(["model.norm", "lm_head"]))
-    rows, mine, _ = evidence.targets(base)["lm_head"][0]
+    rows, mine, _ = readings[0]
     h, gold = trace["model.norm"][0, rows], trace["lm_head"][0, rows].ravel()
     related = abs(gold @ mine[0].ravel()) / (np.linalg.norm(gold) * np.linalg.norm(mine) or 1.0)
     if not np.isfinite(mine).all() or not mine.any() or related > UNRELATED:
