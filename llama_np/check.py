@@ -697,17 +697,24 @@ def _top_p_inputs() -> Inputs:
         (np.log(np.array([0.5, 0.3, 0.15, 0.05])), p) for p in (0.4, 0.6, 0.79, 0.82, 1.0)
     ]
     cases += [(np.log(np.array([0.05, 0.15, 0.5, 0.3])), 0.6), (_random(3, 20) * 3, 0.9)]
+    # Probabilities that are exactly 1/2, 1/4, 1/8, 1/8: the first alone reaches 1/2.
+    cases.append((np.log(np.array([4.0, 2.0, 1.0, 1.0])), 0.5))
     return [*cases, (np.log(np.array([0.97, 0.02, 0.01])), 0.5)]
 
 
 def _top_p_with(
-    shift: bool = True, below: bool = False, renormalized: bool = False
+    shift: bool = True,
+    below: bool = False,
+    renormalized: bool = False,
+    equal: bool = False,
 ) -> Callable[[np.ndarray, float], np.ndarray]:
     def top_p(logits: np.ndarray, p: float) -> np.ndarray:
         order = np.argsort(-logits, axis=-1, kind="stable")
         probabilities = layers.softmax(np.take_along_axis(logits, order, axis=-1))
         total = np.cumsum(probabilities, axis=-1)
         keep = (total - probabilities < p) if shift else (total <= p)
+        if equal:
+            keep = total - probabilities <= p
         if below:
             keep = probabilities >= p
         if not renormalized:
@@ -724,6 +731,11 @@ TOP_P_MISTAKES = (
         "top_p_boundary_dropped",
         "the token that crosses p is dropped; it belongs to the nucleus",
         _top_p_with(shift=False),
+    ),
+    Mistake(
+        "top_p_one_too_many",
+        "where the sum reaches p exactly, one more token is kept",
+        _top_p_with(equal=True),
     ),
     Mistake(
         "top_p_as_threshold",
