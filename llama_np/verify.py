@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_np.errors import VerificationError
 from llama_np.experiment import PEAK, axes_of, error, full_name, peak, row_axis, split_name
-from llama_np.ports import Array, Dump, Port, TopK, View, read_port, views
+from llama_np.ports import ROTARY, Array, Dump, Port, TopK, View, read_port, views
 from llama_np.sampling import log_softmax
 from llama_np.trace import Golden, in_order, load_golden
 
@@ -671,7 +671,8 @@ def hint(report: Report) -> str:
     if report.prompt and at >= report.prompt and start < report.prompt:
         return "the prompt is right, decoding is wrong: positions, cache slots or mask offset"
     if at > start and start == 0:
-        return f"clean before position {at}: rotary angles, mask, or key/value heads" + heads
+        usual = USUALLY[local] if local in ROTARY else "rotary angles, mask, or key/value heads"
+        return f"clean before position {at}: {usual}" + heads
     return USUALLY.get(local, "wrong from the first token: weights or arithmetic") + heads
 
 
@@ -690,8 +691,8 @@ USUALLY = {
     "self_attn.q_proj": "the weight: transposed, permuted, a bias dropped, fused q/k/v split wrong",
     "self_attn.k_proj": "the weight: transposed, permuted for the wrong number of heads, a bias",
     "self_attn.v_proj": "the weight: transposed, a bias dropped, fused q/k/v split wrong",
-    "self_attn.q_rot": "the rotation: channel pairs, sign, or applied at all",
-    "self_attn.k_rot": "the rotation: channel pairs, sign, or applied at all",
+    "self_attn.q_rot": "the rotary step: channel pairs, sign, or applied at all",
+    "self_attn.k_rot": "the rotary step: channel pairs, sign, or applied at all",
     "self_attn.scores": "scores: the scale, or which key head serves which query head",
     "self_attn.weights": "the mask or the softmax",
     "self_attn.context": "attention: mask, scale, or which value head serves which query head",
