@@ -46,7 +46,8 @@ MODELS = (LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
 TOKENIZERS = (LlamaTokenizer, LlamaTokenizerFast)
 # Public because the library's modules use them among themselves; no documentation has them.
 OWN = {
-    "contrasts", "default_generation_config", "embed", "memory", "new_cache", "rounding", "run", "with_params",
+    "contrasts", "default_generation_config", "embed", "memory", "new_cache", "rounding", "run",
+    "with_params",
 }  # fmt: skip
 
 # ------------------------------------------------------------------ the table
