@@ -1,5 +1,7 @@
 """Every command and every Python block of the README runs as it stands there."""
 
+import base64
+import json
 import re
 import shlex
 from pathlib import Path
@@ -90,3 +92,16 @@ def test_links_within_the_page_resolve() -> None:
     }
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
         assert anchor in headings, anchor
+
+
+def test_every_notebook_is_shown_with_one_of_its_own_figures() -> None:
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for notebook in notebooks:
+        number = notebook.name[:2]
+        assert f'href="notebooks/{notebook.name}"' in README
+        assert f'src="notebooks/images/{number}.png"' in README
+        cells = json.loads(notebook.read_text("utf-8"))["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        figures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        shown = (notebook.parent / "images" / f"{number}.png").read_bytes()
+        assert shown in [base64.b64decode("".join(figure)) for figure in figures], number
