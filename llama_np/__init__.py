@@ -24,10 +24,13 @@ from llama_np.hf_config import LlamaConfig
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
 from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast
+from llama_np.memory import keep_freed_memory
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
 
 __version__ = version("llama_np")
+
+keep_freed_memory()
 
 __all__ = [
     "AutoConfig",

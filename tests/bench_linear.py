@@ -1,45 +1,54 @@
 """How fast each strategy of `linear` is: `python tests/bench_linear.py`.
 
-Prints weights per second (10^9) of one core. Processor time is measured, not wall time, so that
-other programs disturb little; set OPENBLAS_NUM_THREADS=1 before.
+Prints milliseconds for one pass over the weights of a model of 135 million parameters (median of
+interleaved passes), by number of rows. Run it on a machine that does nothing else.
 """
 
+import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 
-from llama_np.linear import times, times_bf16, times_few
+import llama_np  # noqa: F401  it keeps freed memory, as in every real run
+from llama_np.linear import FEW, TILE, Product, times, times_bf16, times_few, times_padded
 from llama_np.precision import to_bf16
 
-SHAPES = ((1536, 576), (49152, 576), (5632, 2048))
-ROWS = (1, 2, 4, 6, 8, 16)
+LAYERS = 30
+LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+HEAD = (49152, 576)
+ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 15, 16, 32, 128)
+PASSES = 9
 
 
-def best_seconds(function: Callable[[], object], runs: int = 7) -> float:
-    """The shortest processor time of several runs."""
-    times_taken = []
-    for _ in range(runs):
-        start = time.process_time()
-        function()
-        times_taken.append(time.process_time() - start)
-    return min(times_taken)
+def milliseconds(
+    product: Product, inputs: dict[int, np.ndarray], weights: list[np.ndarray]
+) -> float:
+    """Wall time of one pass: every weight once."""
+    start = time.perf_counter()
+    for weight in weights:
+        product(inputs[weight.shape[1]], weight)
+    return (time.perf_counter() - start) * 1e3
 
 
 def main() -> None:
-    """Measure all strategies on all shapes."""
+    """Measure every strategy that can take so many rows."""
     random = np.random.default_rng(0)
-    print(f"{'shape':>14} {'rows':>4} {'plain':>7} {'few':>7} {'bf16':>7}")
-    for shape in SHAPES:
-        weight = random.standard_normal(shape, np.float32)
-        bits = to_bf16(weight)
-        for M in ROWS:
-            rows = random.standard_normal((M, shape[1]), np.float32)
-            speeds = [
-                weight.size / best_seconds(lambda f=f, w=w, x=rows: f(x, w)) / 1e9  # type: ignore[misc]
-                for f, w in ((times, weight), (times_few, weight), (times_bf16, bits))
-            ]
-            print(f"{shape!s:>14} {M:>4} " + " ".join(f"{speed:7.2f}" for speed in speeds))
+    shapes = [*LAYER * LAYERS, HEAD]
+    weights = [random.standard_normal(shape, np.float32) for shape in shapes]
+    bits = [to_bf16(weight) for weight in weights]
+    for M in ROWS:
+        inputs = {D: random.standard_normal((M, D), np.float32) for D in (576, 1536)}
+        cases = {"plain": (times, weights), "bf16": (times_bf16, bits)}
+        if M in FEW or M < TILE:
+            cases["few"] = (times_few, weights)
+        if M % TILE:
+            cases["padded"] = (times_padded, weights)
+        spent: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(PASSES):
+            for name, (product, given) in cases.items():
+                spent[name].append(milliseconds(product, inputs, given))
+        medians = {name: statistics.median(values[1:]) for name, values in spent.items()}
+        print(f"{M:>4} rows", *(f"{name} {value:.1f} ms" for name, value in medians.items()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_np.linear import FEW, linear, strategy, times, times_bf16, times_few
+from llama_np.linear import FEW, linear, strategy, times, times_bf16, times_few, times_padded
 from llama_np.precision import to_bf16, widen_bf16
 
 SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
@@ -23,6 +23,7 @@ def test_every_strategy_equals_the_plain_product(sizes: tuple[int, int, int]) ->
     expected = times(rows, weight)
     # float64 sums of at most 40 numbers of order 1: only the order of summation differs
     np.testing.assert_allclose(times_few(rows, weight), expected, atol=1e-13)
+    np.testing.assert_allclose(times_padded(rows, weight), expected, atol=1e-13)
     np.testing.assert_allclose(linear(rows, weight), expected, atol=1e-13)
 
 
@@ -64,6 +65,7 @@ def test_inputs_are_never_changed() -> None:
 
 def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> None:
     weight: np.ndarray = np.ones((4, 4), np.float32)
-    assert [strategy(M, weight) for M in (1, 8, 100)] == [times] * 3
+    assert [strategy(M, weight) for M in (0, 1, 8, 128)] == [times] * 4
     assert {strategy(M, weight) for M in FEW} == {times_few}
+    assert {strategy(M, weight) for M in (4, 7, 9, 127)} == {times_padded}
     assert strategy(1, to_bf16(weight)) is times_bf16
