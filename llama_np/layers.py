@@ -15,7 +15,7 @@ import numpy as np
 from llama_np.activations import ACTIVATIONS
 from llama_np.cache import Store
 from llama_np.config import Config
-from llama_np.linear import linear
+from llama_np.linear import linear, matmul
 from llama_np.precision import widen
 from llama_np.tap import NO_TAP, Tap
 
@@ -79,12 +79,12 @@ def attend(
     K, S = k.shape[1:3]
     G = N // K
     grouped = (q / math.sqrt(H)).reshape(B, K, G * T, H)  # (B, K, G*T, H)
-    dots = grouped @ k.swapaxes(2, 3)  # (B, K, G*T, S)
+    dots = matmul(grouped, k.swapaxes(2, 3))  # (B, K, G*T, S)
     scores = tap("self_attn.scores", dots.reshape(B, N, T, S))  # (B, N, T, S)
     # The smallest number instead of -inf: rows that see nothing (padding) stay finite.
     masked = np.where(visible, scores, np.finfo(scores.dtype).min)  # (B, N, T, S)
     weights = tap("self_attn.weights", softmax(masked))  # (B, N, T, S)
-    mixed = weights.reshape(B, K, G * T, S) @ v  # (B, K, G*T, H)
+    mixed = matmul(weights.reshape(B, K, G * T, S), v)  # (B, K, G*T, H)
     return tap("self_attn.context", merge_heads(mixed.reshape(B, N, T, H)))  # (B, T, N*H)
 
 

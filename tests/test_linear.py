@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_np.linear import FEW, linear, strategy, times, times_bf16, times_few, times_padded
+from llama_np.linear import (
+    FEW,
+    linear,
+    matmul,
+    strategy,
+    times,
+    times_bf16,
+    times_few,
+    times_padded,
+)
 from llama_np.precision import to_bf16, widen_bf16
 
 SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
@@ -25,6 +34,16 @@ def test_every_strategy_equals_the_plain_product(sizes: tuple[int, int, int]) ->
     np.testing.assert_allclose(times_few(rows, weight), expected, atol=1e-13)
     np.testing.assert_allclose(times_padded(rows, weight), expected, atol=1e-13)
     np.testing.assert_allclose(linear(rows, weight), expected, atol=1e-13)
+
+
+@given(SIZES, st.integers(1, 3))
+def test_stacks_of_matrices_are_multiplied_one_by_one(
+    sizes: tuple[int, int, int], count: int
+) -> None:
+    rows, weight = arrays(*sizes, np.float64)
+    stack, other = np.stack([rows] * count), np.stack([weight.T] * count)
+    # float64 sums of at most 40 numbers of order 1: only the order of summation differs
+    np.testing.assert_allclose(matmul(stack, other)[-1], times(rows, weight), atol=1e-13)
 
 
 @given(SIZES)

@@ -207,6 +207,7 @@ FUNCTIONS: dict[str, Case] = {
     "layers.softmax": lambda array, w: layers.softmax(array(B, T)),
     "layers.split_heads": lambda array, w: layers.split_heads(array(B, T, N * H), H),
     "linear.linear": lambda array, w: linear.linear(array(T, D), w["lm_head.weight"]),
+    "linear.matmul": lambda array, w: linear.matmul(array(B, T, D), array(B, D, H)),
     "linear.times": product(linear.times),
     "linear.times_bf16": lambda array, w: linear.times_bf16(array(T, D), to_bf16(array(9, D))),
     "linear.times_few": product(linear.times_few),
