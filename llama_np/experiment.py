@@ -429,6 +429,16 @@ def error(mine: np.ndarray, gold: np.ndarray) -> float:
     return float(difference / size) if size else float(0 if difference == 0 else "inf")
 
 
+def misfit(mine: np.ndarray, gold: np.ndarray) -> float:
+    """`error` after the best scaling of `mine`: how alike two arrays are, whatever their size."""
+    a, r = (np.asarray(x, np.float64).ravel() for x in (mine, gold))
+    if a.shape != r.shape:
+        return float("inf")
+    with np.errstate(all="ignore"):
+        size = a @ a
+        return error(a * (a @ r / size) if size else a, r)
+
+
 def peak(mine: np.ndarray, gold: np.ndarray) -> float:
     """max|mine - gold| / max|gold|, as `error` for what is not finite or empty."""
     with np.errstate(all="ignore"):

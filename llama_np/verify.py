@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llama_np.errors import VerificationError
-from llama_np.experiment import PEAK, axes_of, error, full_name, peak, row_axis, split_name
+from llama_np.experiment import PEAK, axes_of, error, full_name, misfit, peak, row_axis, split_name
 from llama_np.ports import ROTARY, Array, Dump, Port, TopK, View, read_port, views
 from llama_np.sampling import log_softmax
 from llama_np.trace import Golden, in_order, load_golden
@@ -211,13 +211,13 @@ def judge(
     usable: int | None = None,
 ) -> Finding:
     """The best reading of one array against what it should be."""
-    best: Finding | None = None
+    best, least = None, np.inf
     for view in views(name, array, golden):
-        found = measure(name, view, gold, yardstick, golden, usable)
-        if best is None or found.error < best.error * 0.5:  # a later reading must be clearly better
-            best = found
+        size = misfit(*_aligned(name, view, gold, golden, usable))
+        if best is None or size < least * 0.5:  # a later reading must be clearly better
+            best, least = view, size
     if best is not None:
-        return best
+        return measure(name, best, gold, yardstick, golden, usable)
     reason = f"shape {array.values.shape} does not fit {axes_of(name)} = {gold.shape}"
     return Finding(name, FAIL, float("inf"), float("inf"), yardstick, array.label, reason=reason)
 
@@ -233,12 +233,7 @@ def measure(
     """Error, peak, status and profiles of one reading of an array, up to the usable rows."""
     axis = row_axis(name)
     n = view.values.shape[axis]
-    rows = slice(view.start, view.start + n)
-    mine = cleaned(name, view.values, golden, rows)
-    target = gold[(slice(None),) * axis + (rows,)]
-    if usable is not None:
-        kept = (slice(None),) * axis + (slice(0, max(usable - view.start, 0)),)
-        mine, target = mine[kept], target[kept]
+    mine, target = _aligned(name, view, gold, golden, usable)
     size = error(mine, target)
     status, peak = grade(mine, target, size, yardstick)
     broken = not np.isfinite(mine).all()
@@ -246,11 +241,25 @@ def measure(
     profile = row_errors(mine, target, axis)
     heads = _head_errors(name, mine, target, golden.config.head_dim)
     first = next((i for i, e in enumerate(profile) if not e <= PEAK * yardstick), None)
-    position = None if status != FAIL else rows.start + (first or 0)
+    position = None if status != FAIL else view.start + (first or 0)
     return Finding(
-        name, status, size, peak, yardstick, view.label, view.layout, reason, rows.start,
+        name, status, size, peak, yardstick, view.label, view.layout, reason, view.start,
         position, profile, heads, n,
     )  # fmt: skip
+
+
+def _aligned(
+    name: str, view: View, gold: np.ndarray, golden: Golden, usable: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A reading and the same rows of the truth, up to the usable ones."""
+    axis = row_axis(name)
+    rows = slice(view.start, view.start + view.values.shape[axis])
+    mine = cleaned(name, view.values, golden, rows)
+    target = gold[(slice(None),) * axis + (rows,)]
+    if usable is None:
+        return mine, target
+    kept = (slice(None),) * axis + (slice(0, max(usable - view.start, 0)),)
+    return mine[kept], target[kept]
 
 
 def cleaned(name: str, values: np.ndarray, golden: Golden, rows: slice) -> np.ndarray:

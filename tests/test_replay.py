@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,19 @@ from golden_models import dump, golden, mistaken, plain, tiny
 from models import tiny_model
 from test_verify import interleaved
 
-from llama_np.experiment import BFLOAT16, FLOAT16, FLOAT32, Precision, honest_runs, split_name
+from llama_np.experiment import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INPUT_OF,
+    Place,
+    Precision,
+    honest_runs,
+    split_name,
+)
 from llama_np.mistakes import BY_ID, CATALOGUE, variants
 from llama_np.replay import Replayed, replay
+from llama_np.trace import make_run
 
 Dump = dict[str, np.ndarray]
 
@@ -34,10 +45,29 @@ def test_honest_runs_have_no_faulty_op(precision: Precision) -> None:
         assert found.precision == precision.name
 
 
+def one_by_one(array: np.ndarray, place: Place, local: str) -> np.ndarray:
+    """A linear layer whose products are added one after another, as the plainest loop does."""
+    x, w = place.seen[INPUT_OF[local]], place.w[local + ".weight"]
+    total = np.zeros_like(array)
+    for i in range(w.shape[1]):
+        total += x[..., i, None] * w[:, i]
+    return total + place.w.get(local + ".bias", np.zeros(1, array.dtype))
+
+
+def test_the_plainest_loops_have_no_faulty_op() -> None:
+    model = tiny_model(np.float32, hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
+    ops_of = {local: partial(one_by_one, local=local) for local in INPUT_OF}
+    run = make_run(model, [1, 17, 23, 8, 40, 31])
+    found = replay(dump(run.with_op_map(ops_of)), model)
+    assert found.verdict == "pass" and len(found.checked) == 26
+
+
 FAULTY = {
     "rope_interleaved": {"self_attn.q_rot", "self_attn.k_rot"},
     "rope_theta": {"model.rotary_emb.cos", "model.rotary_emb.sin"},
+    "rms_eps": {"input_layernorm", "post_attention_layernorm", "model.norm"},
     "attn_scale_missing": {"self_attn.scores"},
+    "attn_scale_inverse": {"self_attn.scores"},
     "causal_mask_missing": {"self_attn.weights"},
     "gqa_tile": {"self_attn.scores", "self_attn.context"},
     "o_proj_transposed": {"self_attn.o_proj"},
