@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
     letter by letter); convert_tokens_to_string leaves the caller's list alone and accepts an
     empty one; ids that are floats or booleans are a TypeError; a lone surrogate is a
     UnicodeEncodeError; a conversation that consists of a system message, or has an unknown role,
-    is a ChatTemplateError (there: silently dropped); empty rows are int64 arrays (there: float);
-    return_overflowing_tokens works without max_length.
+    is a ChatTemplateError (there: silently dropped); empty rows are int64 arrays (there: float).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         return load_sentencepiece(data, str(self.vocab_file), **self.sp_model_kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "sp_model"}
+        return {k: value for k, value in vars(self).items() if k not in ("sp_model", "_spellings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = dict(state)
@@ -136,8 +137,16 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     def get_vocab(self) -> dict[str, int]:
         """Every token's id, added tokens included."""
-        pieces = {self._id_to_token(i): i for i in range(self.vocab_size)}
-        return pieces | self.added_tokens_encoder
+        names = list(self._spellings)
+        for i, token in self._added.items():
+            if i < len(names):
+                names[i] = token.content
+        return {name: i for i, name in enumerate(names)} | self.added_tokens_encoder
+
+    @cached_property
+    def _spellings(self) -> list[str]:
+        """Every piece of the model; asking sentencepiece for all of them takes a while."""
+        return list(self.sp_model.id_to_piece(list(range(self.vocab_size))))
 
     def _register(self, tokens: dict[int, AddedToken]) -> None:
         self._added |= tokens
@@ -342,8 +351,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     Different from 4.37.2 on purpose: split_special_tokens works here too (see LlamaTokenizer);
     an id outside the vocabulary is an IndexError (there: decoded to nothing); a lone surrogate is
-    a UnicodeEncodeError; an empty batch is a ValueError; add_tokens heeds AddedToken(special=True)
-    and counts ids that are new (there: also tokens registered again).
+    a UnicodeEncodeError; an empty batch is a ValueError; add_tokens heeds AddedToken(special=True);
+    a stride that leaves no progress is a ValueError (there: a panic).
     """
 
     is_fast = True
@@ -471,17 +480,21 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _add_tokens(self, tokens: list[Any], special: bool) -> int:
         library = require("tokenizers", extra="hf")
-        known = {token.content for token in self._added.values()}
-        new = [t for t in tokens if not (isinstance(t, str) and t in known)]
-        made, size = [], len(self)
-        for token in (AddedToken.of(t, special=special) for t in new):
-            made.append(
-                library.AddedToken(**{**asdict(token), "special": token.special or special})
-            )
+        known = {token.content: token for token in self._added.values()}
+        made, count = [], 0
+        for given in tokens:
+            token = AddedToken.of(given, special=special)
+            token.special = token.special or special
+            old = known.get(token.content)
+            known[token.content] = token
+            count += bool(token.content) and token != old
+            # A string says nothing about flags: it does not make a control token a plain one.
+            if old is None or not isinstance(given, str):
+                made.append(library.AddedToken(**asdict(token)))
         add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
         add(made)
         self._added = self.added_tokens_decoder
-        return len(self) - size
+        return count
 
     def _token_to_id(self, token: str) -> Any:
         index = self._tokenizer.token_to_id(token)
@@ -555,40 +568,34 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     def _run(self, texts: list[Any], options: Options) -> list[Any]:
         backend, split = self._tokenizer, options.split_special_tokens
-        pair = any(isinstance(text, tuple) for text in texts)
-        around = self._tokenizer.num_special_tokens_to_add(pair) * options.add_special_tokens
-        cut = options.truncation != "do_not_truncate"
-        if cut and 0 < (options.max_length or 0) - around <= options.stride:  # would panic
-            raise ValueError("stride must be less than max_length without the control tokens")
+        backend.encode_special_tokens = self.split_special_tokens if split is None else split
         try:
-            backend.encode_special_tokens = self.split_special_tokens if split is None else split
-            if cut:
-                backend.enable_truncation(
-                    options.max_length, stride=options.stride, strategy=options.truncation,
-                    direction=self.truncation_side,
-                )  # fmt: skip
-            if options.padding != "do_not_pad":
-                backend.enable_padding(
-                    length=options.max_length if options.padding == "max_length" else None,
-                    direction=self.padding_side, pad_id=self.pad_token_id,
-                    pad_token=self.pad_token, pad_type_id=self.pad_token_type_id,
-                    pad_to_multiple_of=options.pad_to_multiple_of,
-                )  # fmt: skip
-            return list(
-                backend.encode_batch(
+            with _library_errors(options.stride):
+                self._limit(options)
+                encodings = backend.encode_batch(
                     texts,
                     add_special_tokens=options.add_special_tokens,
                     is_pretokenized=options.is_split_into_words,
                 )
-            )
-        except TypeError:
-            raise
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(str(error)) from error
+            return list(encodings)
         finally:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = False
+
+    def _limit(self, options: Options) -> None:
+        if options.truncation != "do_not_truncate":
+            self._tokenizer.enable_truncation(
+                options.max_length, stride=options.stride, strategy=options.truncation,
+                direction=self.truncation_side,
+            )  # fmt: skip
+        if options.padding != "do_not_pad":
+            self._tokenizer.enable_padding(
+                length=options.max_length if options.padding == "max_length" else None,
+                direction=self.padding_side, pad_id=self.pad_token_id,
+                pad_token=self.pad_token, pad_type_id=self.pad_token_type_id,
+                pad_to_multiple_of=options.pad_to_multiple_of,
+            )  # fmt: skip
 
     def _chat_ids(self, text: str, mark: str) -> list[int]:
         core = from_json(self._tokenizer.to_str().encode(), self.name_or_path)
@@ -645,6 +652,21 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             self._tokenizer.save(str(path))
             paths += (str(path),)
         return paths
+
+
+@contextmanager
+def _library_errors(stride: int) -> Iterator[None]:
+    """The errors of the package `tokenizers` as ValueError, also a panic of its Rust code."""
+    try:
+        yield
+    except TypeError:
+        raise
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"stride {stride} must be less than what a text is cut to") from error
 
 
 def _copy(source: str, save_directory: str | os.PathLike[str], prefix: str | None) -> tuple[str]:

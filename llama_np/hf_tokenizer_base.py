@@ -584,8 +584,10 @@ class LlamaTokenizerBase:
                 ids, pair, total - limit, str(options.truncation), options.stride
             )
         if overflow:
+            if limit is None:
+                raise TypeError("num_truncated_tokens are counted from max_length: give one")
             row["overflowing_tokens"] = lost
-            row["num_truncated_tokens"] = total - limit if limit is not None else 0
+            row["num_truncated_tokens"] = total - limit
         joined = ids + (pair or [])
         row["input_ids"] = self.build_inputs_with_special_tokens(ids, pair) if special else joined
         if "token_type_ids" in self.model_input_names if types is None else types:
