@@ -33,7 +33,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 # Options of transformers' from_pretrained that cannot change what a NumPy model computes.
 _LOADING_OPTIONS = frozenset(
-    "device_map low_cpu_mem_usage offload_folder trust_remote_code use_safetensors".split()
+    "device_map from_pt low_cpu_mem_usage offload_folder trust_remote_code use_safetensors".split()
 )
 
 

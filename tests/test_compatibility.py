@@ -295,8 +295,17 @@ def test_options_of_a_training_framework_are_refused_by_name() -> None:
         options: dict[str, Any] = {name: None}
         with pytest.raises(TypeError, match=name):
             FlaxLlamaModel(LlamaConfig(**SIZES), **options)
-    with pytest.raises(TypeError, match="from_pt"):
-        FlaxLlamaModel.from_pretrained("fairytales", from_pt=True)
+    for name in ("from_flax", "from_tf"):
+        with pytest.raises(TypeError, match=name):
+            FlaxLlamaModel.from_pretrained("fairytales", **{name: True})
+
+
+def test_weights_of_pytorch_load_into_the_flax_classes_with_or_without_being_told() -> None:
+    told = FlaxLlamaModel.from_pretrained("fairytales", from_pt=True)
+    plain = FlaxLlamaModel.from_pretrained("fairytales")
+    ids = np.array([[1, 5, 7]])
+    assert np.array_equal(told(ids).last_hidden_state, plain(ids).last_hidden_state)
+    assert not hasattr(told.config, "from_pt")
 
 
 def test_a_checkpoint_loads_with_another_configuration_and_mapped_or_read(tmp_path: Path) -> None:
