@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ KEPT_WHOLE = 40_000_000  # models up to this many parameters are converted once,
 _LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.+))?")
 
 
+@lru_cache(1 << 14)  # asked for every array of every run
 def split_name(name: str) -> tuple[int, str]:
     """Layer number (-1 outside of layers) and the name within the layer; outputs are "block"."""
     match = _LAYER.fullmatch(name)
@@ -241,6 +243,25 @@ class Prepared(Mapping[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         """The weight, or `default` where the model has none of that name."""
         return self[name] if name in self.source else default
+
+
+def converted_once(run: Run, precision: Precision) -> Run:
+    """The same run over weights that are in this precision already, for being varied many times.
+
+    Models above KEPT_WHOLE stay as they are: they are converted one layer at a time.
+    """
+    if parameters(run.weights) > KEPT_WHOLE:
+        return run
+    done: dict[int, np.ndarray] = {}  # a tied head stays the same array as the embedding
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: wide(array) for key, array in value.items()}
+        if id(value) not in done:
+            done[id(value)] = precision.convert(value)
+        return done[id(value)]
+
+    return replace(run, weights={name: wide(value) for name, value in run.weights.items()})
 
 
 def parameters(weights: ModelWeights) -> int:
@@ -430,13 +451,11 @@ def error(mine: np.ndarray, gold: np.ndarray) -> float:
 
 
 def misfit(mine: np.ndarray, gold: np.ndarray) -> float:
-    """`error` after the best scaling of `mine`: how alike two arrays are, whatever their size."""
-    a, r = (np.asarray(x, np.float64).ravel() for x in (mine, gold))
-    if a.shape != r.shape:
-        return float("inf")
+    """`error` after scaling to the same size: how alike two arrays are, whatever their scale."""
     with np.errstate(all="ignore"):
-        size = a @ a
-        return error(a * (a @ r / size) if size else a, r)
+        size = float(np.linalg.norm(mine.ravel()))
+        scale = float(np.linalg.norm(gold.ravel())) / size if size else 1.0
+        return error(mine * scale, gold)
 
 
 def peak(mine: np.ndarray, gold: np.ndarray) -> float:

@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 
 from llama_np.experiment import (
+    FLOAT32,
+    FLOAT64,
     PEAK,
     PRECISIONS,
     Enough,
+    Precision,
     Run,
     axes_of,
+    converted_once,
     error,
     evaluate,
     noise,
@@ -31,7 +35,8 @@ from llama_np.experiment import (
     peak,
     row_axis,
 )
-from llama_np.mistakes import BY_ID, CATALOGUE, Mistake, variants
+from llama_np.mistakes import BY_ID, CATALOGUE, Mistake, Variation, variants
+from llama_np.model import ModelWeights
 from llama_np.ports import Dump, Port, read_port, views
 from llama_np.trace import Golden, Model, in_order, load_golden, open_model, run_of, same_weights
 from llama_np.verify import (
@@ -50,7 +55,8 @@ from llama_np.verify import (
 BETTER = 0.5  # a mistake must at least halve the error of everything that fails
 CLEARLY = 2.0  # the best explanation must be this much closer than a different one
 FIRST_OF_PAIR = 12  # how many single mistakes the search for pairs starts from
-PAIR_SECONDS = 2.5
+PAIR_SECONDS = 1.8
+CLOSE, CLEAR = 30, 300  # yardsticks: what may fit before rounding is looked at, and what cannot
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class Evidence:
     golden: Golden
     port: Port
     report: Report
+    light: ModelWeights  # in float32, to rule things out quickly
     names: list[str] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
@@ -201,6 +208,7 @@ class Trial:
     yardsticks: dict[str, float] = field(default_factory=dict)
     accepted: bool = False
     distance: float = float("inf")
+    variation: Variation | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -230,12 +238,13 @@ def explain(
     if not same_weights(truth, weights):
         raise ValueError("the golden file was recorded from other weights than this model's")
     report = compare(truth, given)
-    evidence = Evidence(truth, given, report)
-    base, notes = _base_run(truth, given, run_of(truth, weights))
+    exact, light = (converted_once(run_of(truth, weights), p) for p in (FLOAT64, FLOAT32))
+    evidence = Evidence(truth, given, report, light.weights)
+    base, notes = _base_run(truth, given, exact)
     mistakes = tuple(catalogue)
     if report.verdict != FAIL:
         return Explanation("clean", (), report, hidden=_hidden(evidence, base, mistakes))
-    trials = [_try(evidence, (m,), run) for m in mistakes for run in variants(m, base)]
+    trials = _singles(evidence, base, mistakes)
     ids = _TOKENS_DIFFER if notes else None
     if ids is not None:
         trials.append(_try(evidence, (ids,), base))
@@ -243,7 +252,7 @@ def explain(
     if not accepted:
         accepted = _accepted(evidence, _fitted(evidence, base, mistakes))
     if not accepted and pairs:
-        accepted = _accepted(evidence, _pairs(evidence, trials, mistakes))
+        accepted = _accepted(evidence, _pairs(evidence, base, trials))
     if not accepted and "head_untied" in {mistake.id for mistake in mistakes}:
         other = _other_head(evidence, base)
         if other is not None:
@@ -291,15 +300,36 @@ def _with_port_tokens(run: Run, port: Port) -> Run | None:
     return replace(run, tokens=np.concatenate([run.tokens[:, :P], mine[:, P:]], axis=1))
 
 
+def _singles(evidence: Evidence, base: Run, mistakes: tuple[Mistake, ...]) -> list[Trial]:
+    """Every form of every mistake that applies, alone."""
+    trials = []
+    for mistake in mistakes:
+        for variation in mistake.variations:
+            run = variation(base)
+            if run is not None:
+                trials.append(_try(evidence, (mistake,), run))
+                trials[-1].variation = variation
+    return trials
+
+
 def _try(evidence: Evidence, mistakes: tuple[Mistake, ...], run: Run) -> Trial:
     """Compare the port with the model that has these mistakes, until it clearly does not fit."""
     own = _with_port_tokens(run, evidence.port)
     trial = Trial(mistakes, run if own is None else own)
-    if own is None:
+    if own is None or not all(evidence.targets(own).values()):
         return trial
-    targets = evidence.targets(trial.run)
-    if not all(targets.values()):
-        return trial
+    _compare(evidence, trial, FLOAT32)
+    if trial.complete:
+        _compare(evidence, trial, FLOAT64)
+    return trial
+
+
+def _compare(evidence: Evidence, trial: Trial, precision: Precision) -> None:
+    """Run a hypothesis, to its end or until it is ruled out, for which float32 is enough."""
+    targets, single = evidence.targets(trial.run), one_call(trial.run)
+    if precision is FLOAT32:
+        single = replace(single, weights=evidence.light)
+    trial.complete = False
 
     def watch(name: str, array: np.ndarray) -> None:
         trial.truth[name] = array
@@ -310,24 +340,22 @@ def _try(evidence: Evidence, mistakes: tuple[Mistake, ...], run: Run) -> Trial:
         if _hopeless(size, evidence.base[name], evidence.before[name], name in evidence.same):
             raise Enough
 
-    single = one_call(trial.run)
     try:
-        trace, _ = evaluate(single, names=evidence.wanted, watch=watch)
+        trace, _ = evaluate(single, precision, names=evidence.wanted, watch=watch)
         if len(single.calls) > 1:  # a run call by call cannot be watched
             for name in in_order(trace, evidence.golden.config):
                 watch(name, trace[name])
     except Enough:
-        return trial
+        return
     trial.complete = True
     _compare_heads(evidence, trial)
-    return trial
 
 
 def _hopeless(size: float, yardstick: float, before: float, excused: bool) -> bool:
     """Whether an error rules a hypothesis out before its own yardstick is known."""
     if excused:
         return False
-    return size > 300 * yardstick or (size > 10 * yardstick and size > BETTER * before)
+    return size > CLEAR * yardstick or (size > 10 * yardstick and size > BETTER * before)
 
 
 def _compare_heads(evidence: Evidence, trial: Trial) -> None:
@@ -395,9 +423,11 @@ def _best_value(
 ) -> float | None:
     """The value between low and high with the smallest error of one array; None if none helps."""
 
+    light = replace(base, weights=evidence.light)
+
     @cache
-    def misfit(log: float) -> float:
-        run = one_call(change(base, math.exp(log)))
+    def misfit(log: float, precision: Precision = FLOAT64) -> float:
+        run = one_call(change(light if precision is FLOAT32 else base, math.exp(log)))
         gold: dict[str, np.ndarray] = {}
 
         def watch(name: str, array: np.ndarray) -> None:
@@ -405,13 +435,13 @@ def _best_value(
             raise Enough
 
         with suppress(Enough):
-            gold = evaluate(run, names=frozenset([name]), watch=watch)[0]
+            gold = evaluate(run, precision, names=frozenset([name]), watch=watch)[0]
         targets = evidence.targets(run)[name]
         return min((error(a, _part(gold[name], name, r)) for r, a, _ in targets), default=np.inf)
 
     grid = np.linspace(math.log(low), math.log(high), GRID)
     step = grid[1] - grid[0]
-    best = float(min(grid, key=misfit))
+    best = float(min(grid, key=lambda log: misfit(log, FLOAT32)))
     if misfit(best) > BETTER * evidence.before[name]:
         return None
     for _ in range(REFINEMENTS):
@@ -460,31 +490,90 @@ def _fits(evidence: Evidence, trial: Trial) -> bool:
     return bool(ratios)
 
 
-def _pairs(
-    evidence: Evidence, trials: list[Trial], mistakes: tuple[Mistake, ...]
-) -> Iterator[Trial]:
-    """Two mistakes at once: those that explain the longest part of the trace, with all others."""
-    ranked = sorted(trials, key=lambda t: _promise(evidence, t))
+def _pairs(evidence: Evidence, base: Run, trials: list[Trial]) -> Iterator[Trial]:
+    """Two mistakes at once: those that explain the longest part of the trace, with all others.
+
+    Left out are pairs of which one spoils what is right without it, or the second changes
+    nothing up to where the first stops to explain.
+    """
+    reached = _Reach(evidence, base)
+    start = reached.fits(evidence.before)
+    able = [t for t in trials if t.variation is not None and reached.effect(t)[1] >= start]
+    ranked = sorted(able, key=lambda t: _promise(evidence, t))
     only_heads = set(evidence.names) <= {"lm_head", "score"}
-    first = ranked if only_heads else ranked[:FIRST_OF_PAIR]
     deadline = time.monotonic() + PAIR_SECONDS
-    seen: set[frozenset[str]] = set()
-    for number, one in enumerate(first):
+    seen: set[str] = set()
+    for number, one in enumerate(ranked):
+        if one.ids[0] in seen if only_heads else number >= FIRST_OF_PAIR:
+            continue  # of logits alone, the best form of every mistake is the beginning
+        seen.add(one.ids[0])
+        explained = max(reached.fits(one.errors), start)
         for two in ranked[number + 1 :]:
-            ids = frozenset([*one.ids, *two.ids])
+            changes, spoils = reached.effect(two)
+            if one.ids == two.ids or changes > explained or spoils < explained:
+                continue
             if time.monotonic() > deadline:
                 return
-            if len(ids) < 2 or (only_heads and ids in seen):
-                continue
-            seen.add(ids)
-            yield from _both(evidence, one, two)
+            run = _both(one, two)
+            if run is not None:
+                yield _try(evidence, one.mistakes + two.mistakes, run)
 
 
-def _both(evidence: Evidence, one: Trial, two: Trial) -> Iterator[Trial]:
-    """One mistake on top of the other."""
-    runs = variants(two.mistakes[0], one.run) if two.mistakes[0] is not _TOKENS_DIFFER else []
-    for run in runs or variants(one.mistakes[0], two.run):  # other tokens have to come first
-        yield _try(evidence, (*one.mistakes, *two.mistakes), run)
+@dataclass
+class _Reach:
+    """How far along the trace something fits, as a number of covered arrays."""
+
+    evidence: Evidence
+    base: Run
+    plain: dict[str, np.ndarray] = field(default_factory=dict)
+    effects: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def fits(self, errors: Mapping[str, float]) -> int:
+        """The number of arrays before the first that does not fit."""
+        for number, name in enumerate(self.evidence.names):
+            size = errors.get(name, float("inf"))
+            if size > CLOSE * self.evidence.base[name] and name not in self.evidence.same:
+                return number
+        return len(self.evidence.names)
+
+    def effect(self, trial: Trial) -> tuple[int, int]:
+        """Which array of the right model this mistake changes first at all, and which clearly."""
+        if id(trial) not in self.effects:
+            self.effects[id(trial)] = self._effect(trial.run)
+        return self.effects[id(trial)]
+
+    def _effect(self, run: Run) -> tuple[int, int]:
+        names, single = self.evidence.names, one_call(run)
+        if len(names) < 2:
+            return 0, len(names)
+        wanted = frozenset(names)
+        self.plain = self.plain or evaluate(one_call(self.base), names=wanted)[0]
+        changed, spoilt = set(), set()
+
+        def watch(name: str, array: np.ndarray) -> None:
+            size = error(array, self.plain[name])
+            if size > 1e-9:
+                changed.add(name)
+            if size > CLEAR * self.evidence.base[name] and name not in self.evidence.same:
+                spoilt.add(name)
+                raise Enough
+
+        with suppress(Enough):
+            trace, _ = evaluate(single, names=wanted, watch=watch)
+            for name in names if len(single.calls) > 1 else ():
+                watch(name, trace[name])
+        places = (next((i for i, n in enumerate(names) if n in found), len(names))
+                  for found in (changed, spoilt))  # fmt: skip
+        return next(places), next(places)
+
+
+def _both(one: Trial, two: Trial) -> Run | None:
+    """One mistake on top of the other; other tokens have to come first."""
+    for before, after in ((one, two), (two, one)):
+        run = after.variation(before.run) if after.variation is not None else None
+        if run is not None:
+            return run
+    return None
 
 
 def _promise(evidence: Evidence, trial: Trial) -> tuple[float, float]:
@@ -492,7 +581,7 @@ def _promise(evidence: Evidence, trial: Trial) -> tuple[float, float]:
     fits = 0
     for name in evidence.names:
         size = trial.errors.get(name, float("inf"))
-        if size > 30 * evidence.base[name]:
+        if size > CLOSE * evidence.base[name]:
             break
         fits += 1
     return -fits, list(trial.errors.values())[-1] if trial.errors else float("inf")
