@@ -395,7 +395,21 @@ def blanked(name: str, array: np.ndarray, positions: np.ndarray) -> np.ndarray:
         array = array * real.reshape(shape[: array.ndim]).astype(array.dtype)
     if split_name(name)[1] == "self_attn.scores":
         array = np.where(np.tri(*array.shape[-2:]).astype(bool) & real[:, None, None], array, 0)
+    if split_name(name)[1] == "self_attn.weights":
+        array = up_to_query(array, 0)
     return array
+
+
+def up_to_query(weights: np.ndarray, first: int) -> np.ndarray:
+    """Attention weights (B, N, n, S) of queries first ..., without later keys in rows of NaN.
+
+    Such a row is NaN as far as its call reaches, which is another width in one call than in many.
+    """
+    if not np.isnan(weights).any():
+        return weights
+    seen = np.tri(weights.shape[-2], weights.shape[-1], first, dtype=bool)
+    broken = (np.isnan(weights) & seen).any(axis=-1, keepdims=True)
+    return np.where(broken & ~seen, 0, weights)
 
 
 def _widened(array: np.ndarray, width: int) -> np.ndarray:
@@ -439,15 +453,28 @@ def honest_runs(run: Run) -> list[Run]:
 
 
 def error(mine: np.ndarray, gold: np.ndarray) -> float:
-    """||mine - gold|| / ||gold||; infinity for NaN and for different shapes."""
+    """||mine - gold|| / ||gold||; infinity for different shapes, and for NaN in one of them only.
+
+    Where both have NaN at the same places, the rest is compared.
+    """
     if mine.shape != gold.shape:
         return float("inf")
     with np.errstate(all="ignore"):
         difference = np.linalg.norm((mine - gold).ravel())
         size = np.linalg.norm(gold.ravel())
     if not np.isfinite(difference):
-        return float("inf")
+        return _of_finite(error, mine, gold)
     return float(difference / size) if size else float(0 if difference == 0 else "inf")
+
+
+def _of_finite(
+    measure: Callable[[np.ndarray, np.ndarray], float], mine: np.ndarray, gold: np.ndarray
+) -> float:
+    """A measure of what is finite, if both arrays are so in the same places; else infinity."""
+    finite = np.isfinite(gold)
+    if finite.all() or (np.isfinite(mine) != finite).any():
+        return float("inf")
+    return measure(mine[finite], gold[finite])
 
 
 def misfit(mine: np.ndarray, gold: np.ndarray) -> float:
@@ -464,7 +491,7 @@ def peak(mine: np.ndarray, gold: np.ndarray) -> float:
         difference = np.abs(mine - gold).max(initial=0.0)
         size = np.abs(gold).max(initial=0.0)
     if not np.isfinite(difference):
-        return float("inf")
+        return _of_finite(peak, mine, gold)
     return float(difference / size) if size else float(0 if difference == 0 else "inf")
 
 

@@ -484,10 +484,15 @@ def padding_attended(run: Run) -> Run | None:
     return replace(run, visible=np.broadcast_to(np.tri(T, dtype=bool), run.visible.shape))
 
 
-def sees(rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]) -> Variation:
+def sees(
+    rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
+    blind: float | None = None,
+) -> Variation:
     """Another mask: rule(query index, key index, first query of the same call, prompt).
 
-    Keys of later calls and padding stay invisible; None if nothing changes.
+    Keys of later calls and padding stay invisible; None if nothing changes. blind: the weights
+    of a token that sees nothing: alike for all keys of its call (None), NaN or 0, depending on
+    whether its scores are the smallest number or -inf, and on how softmax takes that.
     """
 
     def variation(run: Run) -> Run | None:
@@ -500,19 +505,20 @@ def sees(rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]) 
         visible = np.asarray(allowed & (run.positions[:, None, None] >= 0))
         if np.array_equal(visible, run.visible):
             return None
-        return _blind_rows(replace(run, visible=visible), (key < last) / last)
+        weights = (key < last) / last if blind is None else np.full((T, T), blind)
+        return _blind_rows(replace(run, visible=visible), weights)
 
     return variation
 
 
-def _blind_rows(run: Run, uniform: np.ndarray) -> Run:
-    """Tokens that see nothing attend to all keys of their call alike."""
+def _blind_rows(run: Run, given: np.ndarray) -> Run:
+    """Tokens that see nothing have the given weights (T, T)."""
     sighted = np.asarray(run.visible.any(axis=-1))[:, 0]
     blind = ~sighted & (run.positions >= 0)  # (B, T)
 
     def op(array: np.ndarray, place: Place) -> np.ndarray:
         columns = place.columns
-        weights = uniform[columns, : columns.stop].astype(array.dtype)
+        weights = given[columns, : columns.stop].astype(array.dtype)
         return np.where(blind[:, None, columns, None], weights, array)
 
     return run.with_ops(self_attn__weights=op) if blind.any() else run
@@ -1160,10 +1166,13 @@ CATALOGUE: tuple[Mistake, ...] = (
     ),
     Mistake(
         "causal_mask_strict",
-        "A token does not see itself: key < query.",
+        "A token does not see itself: key < query. The first token sees nothing (NaN with -inf).",
         "The mask is key <= query.",
         (),
-        (sees(lambda query, key, first, prompt: key < query),),
+        tuple(
+            sees(lambda query, key, first, prompt: key < query, blind)
+            for blind in (None, 0.0, math.nan)
+        ),
     ),
     Mistake(
         "causal_mask_reversed",

@@ -339,17 +339,21 @@ def _precision(raw: Mapping[str, Stored], arrays: Mapping[str, list[Array]]) -> 
     """What most of the large arrays are exactly representable in."""
     votes = {"bfloat16": 0, "float16": 0, "float32": 0}
     labels = {array.label for same in arrays.values() for array in same}
-    for label in labels:
-        votes[_array_precision(raw[label])] += 1
+    for precision in filter(None, (_array_precision(raw[label]) for label in labels)):
+        votes[precision] += 1
     best = max(votes, key=lambda name: votes[name])
     return best if votes[best] else "float32"
 
 
 def _array_precision(tensor: Stored) -> str:
+    """What one array's numbers fit into; "" if they are all NaN and show nothing."""
     stored = {"BF16": "bfloat16", "F16": "float16"}
     if tensor.dtype in stored:
         return stored[tensor.dtype]
     values = tensor.widened()
+    values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if not values.size:
+        return ""
     for name, rounded in (("bfloat16", round_bf16), ("float16", round_f16)):
         if values.size > 8 and np.array_equal(rounded(values), values):
             return name

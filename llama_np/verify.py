@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from llama_np.errors import VerificationError
-from llama_np.experiment import PEAK, axes_of, error, full_name, misfit, peak, row_axis, split_name
+from llama_np.experiment import (
+    PEAK,
+    axes_of,
+    error,
+    full_name,
+    misfit,
+    peak,
+    row_axis,
+    split_name,
+    up_to_query,
+)
 from llama_np.ports import ROTARY, Array, Dump, Port, TopK, View, read_port, views
 from llama_np.sampling import log_softmax
 from llama_np.trace import Golden, in_order, load_golden
@@ -273,6 +283,8 @@ def cleaned(name: str, values: np.ndarray, golden: Golden, rows: slice) -> np.nd
     if local == "self_attn.scores":
         seen = np.tri(real.shape[1], dtype=bool)[rows] & real[:, None, None]
         values = np.where(seen, values, 0)
+    if local == "self_attn.weights":
+        values = up_to_query(values, rows.start)
     return values.astype(np.float64)
 
 
@@ -673,7 +685,7 @@ def hint(report: Report) -> str:
     if first.reason and not first.profile:
         return first.reason
     if not np.isfinite(first.error):
-        return "NaN or infinity: overflow, a fully masked row, or memory that was never written"
+        return _broken_rows(first)
     local = split_name(first.tensor)[1]
     at, start = first.position or 0, first.start
     heads = _some_heads(first)
@@ -683,6 +695,16 @@ def hint(report: Report) -> str:
         usual = USUALLY[local] if local in ROTARY else "rotary angles, mask, or key/value heads"
         return f"clean before position {at}: {usual}" + heads
     return USUALLY.get(local, "wrong from the first token: weights or arithmetic") + heads
+
+
+def _broken_rows(finding: Finding) -> str:
+    """What NaN usually means, by the rows that have it."""
+    rows = [finding.start + i for i, e in enumerate(finding.profile) if not np.isfinite(e)]
+    local = split_name(finding.tensor)[1]
+    if 0 < len(rows) < len(finding.profile) and local in (*READS_PRODUCTS, *ATTENTION_OUTPUT):
+        where = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        return f"NaN or infinity only at position {where}: fully masked (softmax of only -inf)?"
+    return "NaN or infinity: overflow, a fully masked row, or memory that was never written"
 
 
 def _some_heads(finding: Finding) -> str:

@@ -12,7 +12,7 @@ from models import tiny_model
 from test_mistakes import NEEDS_MORE
 from test_verify import interleaved, response, top
 
-from llama_np.experiment import BFLOAT16, Run, split_name
+from llama_np.experiment import BFLOAT16, FLOAT32, Precision, Run, split_name
 from llama_np.explain import Explanation, explain
 from llama_np.mistakes import BY_ID, CATALOGUE, variants
 
@@ -145,6 +145,20 @@ def test_broken_dumps_are_unexplained() -> None:
     arrays["model.layers.1"] = arrays["model.layers.1"] * np.nan
     assert explained(arrays, pairs=False).verdict == "unexplained"
     assert explained({}, pairs=False).verdict == "unexplained"
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("form", [0, 1, 2])  # what sees nothing: uniform weights, zeros, NaN
+def test_a_row_that_sees_nothing_is_named(precision: Precision, form: int) -> None:
+    arrays = mistaken("causal_mask_strict", form, precision)
+    assert named(explained(arrays)) == ["causal_mask_strict"]
+    assert named(explained(only(arrays, "block"))) == ["causal_mask_strict"]
+
+
+def test_nothing_but_nan_is_not_named() -> None:
+    arrays = only(mistaken("causal_mask_strict", form=2), "lm_head")
+    assert np.isnan(arrays["lm_head"]).all()
+    assert explained(arrays).verdict == "unexplained"
 
 
 def test_another_models_weights_are_refused() -> None:

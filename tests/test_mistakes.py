@@ -128,6 +128,6 @@ def test_bfloat16_positions_collapse_above_256() -> None:
 
 def test_mistakes_can_be_combined() -> None:
     (one,) = variants(BY_ID["act_relu"], plain())
-    (both,) = variants(BY_ID["causal_mask_strict"], one)
-    (other,) = variants(BY_ID["causal_mask_strict"], plain())
+    both = variants(BY_ID["causal_mask_strict"], one)[0]
+    other = variants(BY_ID["causal_mask_strict"], plain())[0]
     assert error(logits(both), logits(one)) > 1e-3 and error(logits(both), logits(other)) > 1e-3

@@ -155,6 +155,13 @@ def test_without_ids_the_captured_embedding_is_the_beginning() -> None:
         replayed(arrays)
 
 
+def test_nan_is_the_fault_of_the_op_that_makes_it() -> None:
+    found = replayed(mistaken("causal_mask_strict", form=2))
+    assert [f.op for f in found.faulty] == ["model.layers.0.self_attn.weights"]
+    without_ids = {n: a * np.nan for n, a in dump(plain()).items() if n != "input_ids"}
+    assert replayed(without_ids).faulty[0].op == "model.embed_tokens"
+
+
 def test_broken_dumps_do_not_pass() -> None:
     arrays = dump(plain())
     ids = {"input_ids": arrays["input_ids"]}

@@ -19,7 +19,7 @@ from llama_np.precision import to_bf16
 from llama_np.report import html_page
 from llama_np.scalars import scalar_lines, signed_sum, signs, verify_scalars
 from llama_np.trace import record
-from llama_np.verify import Report, compare, verify
+from llama_np.verify import Report, compare, hint, verify
 from llama_np.weights import Stored, save_tensors
 
 Dump = dict[str, np.ndarray]
@@ -477,3 +477,10 @@ def test_a_wrong_projection_is_not_excused_by_readers_that_nearly_agree() -> Non
     assert judged(arrays | {"model.layers.1.self_attn.q_proj": wrong}).verdict == "fail"
     doubled = 2 * arrays["model.layers.1.self_attn.q_proj"]
     assert judged(arrays | {"model.layers.1.self_attn.q_proj": doubled}).verdict == "pass"
+
+
+def test_a_row_that_is_fully_masked_is_called_so() -> None:
+    report = judged(mistaken("causal_mask_strict", form=2))
+    first = report.first_divergence
+    assert first is not None and first.tensor == "model.layers.0.self_attn.weights"
+    assert "only at position 0: fully masked" in hint(report)
