@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import UserDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class AddedToken:
     special: bool = False
 
     def __post_init__(self) -> None:
+        self._settled = self.normalized is not None
         self.normalized = not self.special if self.normalized is None else self.normalized
 
     def __str__(self) -> str:
@@ -38,11 +40,22 @@ class AddedToken:
     def __hash__(self) -> int:
         return hash(self.content)
 
+    def as_special(self, settled: bool) -> AddedToken:
+        """The same token, special; unless `settled`, `normalized` follows if it was not given."""
+        token = copy(self)
+        token.special = True
+        if not settled and not self._settled:
+            token.normalized = False
+        token._settled = settled or self._settled
+        return token
+
     @classmethod
     def of(cls, token: Any, special: bool = False) -> AddedToken:
         """From a string, a dict, or any object with these attributes."""
         if isinstance(token, str):
             return cls(token, special=special)
+        if isinstance(token, cls):
+            return copy(token)
         names = cls.__dataclass_fields__
         if isinstance(token, Mapping):
             flags = {k: bool(v) for k, v in token.items() if k in names and k != "content"}
@@ -52,6 +65,20 @@ class AddedToken:
         except AttributeError as problem:
             found = type(token).__name__
             raise TypeError(f"a token must be str or AddedToken, found {found}") from problem
+
+
+class CharSpan(NamedTuple):
+    """Characters start up to, without, end of a text."""
+
+    start: int
+    end: int
+
+
+class TokenSpan(NamedTuple):
+    """Tokens start up to, without, end of a row."""
+
+    start: int
+    end: int
 
 
 class BatchEncoding(UserDict[str, Any]):
@@ -99,6 +126,64 @@ class BatchEncoding(UserDict[str, Any]):
         """0 or 1, which text of a pair each token belongs to (fast tokenizers only)."""
         return list(self._encoding(batch_index).sequence_ids)
 
+    words = word_ids  # its older name
+
+    @property
+    def n_sequences(self) -> int | None:
+        """1 or 2, how many texts each row was made of; None from a slow tokenizer."""
+        return int(self.encodings[0].n_sequences) if self.encodings else None
+
+    # Where the parts of a text are; the row may be left out of a batch of one:
+    # x_to_y(index) or x_to_y(row, index). None where there is nothing, as at a control token.
+
+    def token_to_sequence(self, row_or_token: int, token: int | None = None) -> int | None:
+        """Which text of a pair a token belongs to."""
+        row, index = _place(row_or_token, token)
+        found = self._encoding(row).token_to_sequence(index)
+        return None if found is None else int(found)
+
+    def token_to_word(self, row_or_token: int, token: int | None = None) -> int | None:
+        """The word that a token belongs to."""
+        row, index = _place(row_or_token, token)
+        return _second(self._encoding(row).token_to_word(index))
+
+    def token_to_chars(self, row_or_token: int, token: int | None = None) -> CharSpan | None:
+        """The characters that a token stands for."""
+        row, index = _place(row_or_token, token)
+        span = _second(self._encoding(row).token_to_chars(index))
+        return None if span is None else CharSpan(*span)
+
+    def char_to_token(
+        self, row_or_char: int, char: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The token that a character of text `sequence_index` is part of."""
+        row, index = _place(row_or_char, char)
+        found = self._encoding(row).char_to_token(index, sequence_index)
+        return None if found is None else int(found)
+
+    def char_to_word(
+        self, row_or_char: int, char: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The word that a character of text `sequence_index` is part of."""
+        row, index = _place(row_or_char, char)
+        found = self._encoding(row).char_to_word(index, sequence_index)
+        return None if found is None else int(found)
+
+    def word_to_tokens(
+        self, row_or_word: int, word: int | None = None, sequence_index: int = 0
+    ) -> TokenSpan | None:
+        """The tokens of a word of text `sequence_index`."""
+        row, index = _place(row_or_word, word)
+        span = self._encoding(row).word_to_tokens(index, sequence_index)
+        return None if span is None else TokenSpan(*span)
+
+    def word_to_chars(
+        self, row_or_word: int, word: int | None = None, sequence_index: int = 0
+    ) -> CharSpan:
+        """The characters of a word of text `sequence_index`."""
+        row, index = _place(row_or_word, word)
+        return CharSpan(*self._encoding(row).word_to_chars(index, sequence_index))
+
     def convert_to_tensors(
         self, tensor_type: str | None = None, prepend_batch_axis: bool = False
     ) -> BatchEncoding:
@@ -111,6 +196,16 @@ class BatchEncoding(UserDict[str, Any]):
             if not isinstance(value, np.ndarray):
                 self.data[key] = _as_array([value] if prepend_batch_axis else value)
         return self
+
+
+def _place(first: int, second: int | None) -> tuple[int, int]:
+    return (0, first) if second is None else (first, second)
+
+
+def _second(found: Any) -> Any:
+    """Without the text that some versions of `tokenizers` put in front: (text, what)."""
+    nested = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], tuple)
+    return found[1] if nested else found
 
 
 def _as_array(value: Sequence[Any]) -> np.ndarray:

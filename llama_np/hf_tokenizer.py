@@ -92,8 +92,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
         named = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token,
                  "pad_token": pad_token}  # fmt: skip
         super().__init__(
-            "right",
-            **{k: None if t is None else AddedToken.of(t, special=True) for k, t in named.items()},
+            **{k: None if t is None else _special(t) for k, t in named.items()},
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
             sp_model_kwargs=self.sp_model_kwargs,
@@ -163,7 +162,7 @@ class LlamaTokenizer(LlamaTokenizerBase):
                 continue
             flag = special or str(given) in self.all_special_tokens
             token = AddedToken.of(given, special=flag)
-            token.special = token.special or special
+            token = token.as_special(settled=True) if special else token
             index = vocabulary.setdefault(token.content, len(vocabulary))
             if token.special and token.content not in self.all_special_tokens:
                 self._special["additional_special_tokens"].append(token)
@@ -188,12 +187,12 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     # --- text -> tokens ---
 
-    def tokenize(self, text: str, **options: Any) -> list[str]:
-        """The tokens of a text as strings; no control tokens are put around them.
+    def tokenize(self, text: str, add_special_tokens: bool = False, **options: Any) -> list[str]:
+        """The tokens of a text as strings; no control tokens are put around them in any case.
 
         split_special_tokens=True keeps control tokens that are written in the text plain text.
         """
-        split = Options(**options).split_special_tokens
+        split = Options(add_special_tokens, **options).split_special_tokens
         return self._tokenize(text, self.split_special_tokens if split is None else split)
 
     def _tokenize(self, text: str, split: bool, mark: str = "") -> list[str]:
@@ -283,10 +282,12 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     # --- tokens -> text ---
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of tokens; special ones as they are spelled, the rest through sentencepiece."""
         if not tokens:
             return ""
+        if isinstance(tokens, str):
+            raise TypeError(f"tokens must be a list, found {tokens!r:.80}")
         special = set(self.all_special_tokens)
         text, run, after_special = "", [], False
         for i, token in enumerate([tokens[0].removeprefix(SPACE), *tokens[1:]]):
@@ -356,6 +357,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
     """
 
     is_fast = True
+    padding_side = "left"
     slow_tokenizer_class = LlamaTokenizer
 
     def __init__(
@@ -377,19 +379,21 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         file = None if from_slow else tokenizer_file
         self._tokenizer = _backend(vocab_file, file, given)
         if given is None and file is None:  # converted: as if constructed by LlamaTokenizer
-            unk_token, bos_token, eos_token = (
-                AddedToken.of(t, special=True) if t else t
-                for t in (unk_token, bos_token, eos_token)
+            unk_token, bos_token, eos_token, pad = (
+                _special(t) if t else None
+                for t in (unk_token, bos_token, eos_token, options.get("pad_token"))
             )
-            pad = options.get("pad_token")
+            more = options.get("additional_special_tokens")
+            if isinstance(more, list | tuple):
+                more = [t if isinstance(t, str) else _special(t) for t in more]
+                options["additional_special_tokens"] = more
             slow = {"sp_model_kwargs": {}, "spaces_between_special_tokens": False}
             options = slow | options | {"legacy": options.get("legacy") is not False}
-            options["pad_token"] = AddedToken.of(pad, special=True) if pad else None
+            options["pad_token"] = pad
         self.vocab_file = None if vocab_file is None else str(vocab_file)
         self.legacy = bool(options.get("legacy", True))
         self.use_default_system_prompt = use_default_system_prompt
         super().__init__(
-            "left",
             unk_token=unk_token,
             bos_token=bos_token,
             eos_token=eos_token,
@@ -484,7 +488,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
         made, count = [], 0
         for given in tokens:
             token = AddedToken.of(given, special=special)
-            token.special = token.special or special
+            token = token.as_special(settled=False) if special else token
             old = known.get(token.content)
             known[token.content] = token
             count += bool(token.content) and token != old
@@ -512,10 +516,11 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
     # --- text -> tokens ---
 
-    def tokenize(self, text: str, pair: str | None = None, **options: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
         """The tokens of a text as strings; control tokens only with add_special_tokens=True."""
-        options.setdefault("add_special_tokens", False)
-        return self.encode_plus(text, pair, **options).tokens()
+        return self.encode_plus(text, pair, add_special_tokens, **options).tokens()
 
     def _encode_rows(self, rows: Sequence[Any], options: Options, single: bool) -> BatchEncoding:
         if single and _is_row_of_two(rows[0][0]) and not options.is_split_into_words:
@@ -674,6 +679,10 @@ def _copy(source: str, save_directory: str | os.PathLike[str], prefix: str | Non
     if Path(source).resolve() != target.resolve():
         shutil.copyfile(source, target)
     return (str(target),)
+
+
+def _special(token: Any) -> AddedToken:
+    return AddedToken.of(token, special=True).as_special(settled=True)
 
 
 def _is_row_of_two(text: Any) -> bool:

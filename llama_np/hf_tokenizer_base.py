@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 NO_LIMIT = int(1e30)  # model_max_length of a tokenizer that states none
 LARGE = int(1e20)
+SIDES = ("right", "left")
 MODEL_INPUT_NAMES = ("input_ids", "attention_mask")
 SINGLE_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -110,6 +111,8 @@ class LlamaTokenizerBase:
     """What LlamaTokenizer and LlamaTokenizerFast share; see those."""
 
     is_fast = False
+    padding_side = "right"
+    truncation_side = "right"
     vocab_file: str | None
     legacy: bool
     use_default_system_prompt: bool
@@ -122,13 +125,13 @@ class LlamaTokenizerBase:
 
     # --- construction ---
 
-    def __init__(self, side: str, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         self.init_kwargs = deepcopy(options)
         self.name_or_path = str(options.get("name_or_path", ""))
         limit = options.get("model_max_length", options.get("max_len"))
         self.model_max_length: int = NO_LIMIT if limit is None else limit
-        self.padding_side = _side("padding_side", options.get("padding_side", side))
-        self.truncation_side = _side("truncation_side", options.get("truncation_side", "right"))
+        for name in ("padding_side", "truncation_side"):
+            setattr(self, name, one_of(name, options.get(name, getattr(self, name)), SIDES))
         self.clean_up_tokenization_spaces = bool(options.get("clean_up_tokenization_spaces"))
         self.split_special_tokens = bool(options.get("split_special_tokens", False))
         self.chat_template: str | None = options.get("chat_template")
@@ -277,11 +280,14 @@ class LlamaTokenizerBase:
             if name not in SPECIAL_TOKENS:
                 raise ValueError(f"{name!r} is not one of {', '.join(SPECIAL_TOKENS)}")
             if name != "additional_special_tokens":
-                token = AddedToken.of(value, special=True)
+                token = AddedToken.of(value, special=True).as_special(settled=not self.is_fast)
                 setattr(self, name, token)
                 new += [token] if token not in new else []
                 continue
+            if isinstance(value, str):
+                raise TypeError(f"{name} must be a list of str or AddedToken, found {value!r}")
             tokens = [AddedToken.of(token, special=True) for token in value]
+            tokens = [token.as_special(settled=not self.is_fast) for token in tokens]
             old = self._special[name]
             if replace_additional_special_tokens and tokens:
                 self._special[name] = list(tokens)
@@ -650,8 +656,10 @@ class LlamaTokenizerBase:
         ):
             return_tensors = return_tensors or "np"
         inputs = {key: as_list(value) for key, value in encoded_inputs.items()}
-        if not isinstance(inputs[name][0], int | list | tuple):
-            raise ValueError(f"{name} must be integers: {inputs[name][0]!r:.80}")  # noqa: TRY004
+        rows = inputs[name] if isinstance(inputs[name][0], list | tuple) else [inputs[name]]
+        first = next((row[0] for row in rows if len(row)), 0)
+        if not isinstance(first, int):
+            raise ValueError(f"{name} must be integers: {first!r:.80}")  # noqa: TRY004
         options = self._resolve(
             Options(
                 padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
@@ -773,7 +781,8 @@ class LlamaTokenizerBase:
             config |= {key: value for key, value in given.items() if not options.get(key)}
             json_tokens = read("tokenizer.json", MAX_MODEL_BYTES).get("added_tokens", [])
             added = _old_added_tokens(config, read("added_tokens.json"), json_tokens)
-        by_content = {token.content: token for token in added.values()}
+        # Only added_tokens_decoder knows the flags better than the special token itself.
+        by_content = {t.content: t for t in added.values()} if listed is not None else {}
         for key in SINGLE_TOKENS:
             if config.get(key) is not None:
                 token = token_from_file(config[key])
@@ -836,10 +845,6 @@ def _is_text(value: Any) -> bool:
     if isinstance(first, list | tuple):
         return not first or isinstance(first[0], str)
     return isinstance(first, str)
-
-
-def _side(name: str, value: str) -> str:
-    return one_of(name, value, ("right", "left"))
 
 
 def _old_added_tokens(

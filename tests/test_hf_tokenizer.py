@@ -221,6 +221,70 @@ def test_adding_a_token_again_counts_as_in_4_37_2(fast: LlamaTokenizerFast) -> N
     assert fast.decode([300, fast.eos_token_id], skip_special_tokens=True) == fast.decode([300])
 
 
+def test_normalized_follows_from_special_unless_it_was_given(
+    slow: LlamaTokenizer, fast: LlamaTokenizerFast
+) -> None:
+    # Observed in 4.37.2, on the LLaMA-2 model: a fast special token is found inside a word.
+    for said, found in (({}, False), ({"normalized": True}, True)):
+        token = AddedToken("<mask>", lstrip=True, **said)
+        assert fast.add_special_tokens({"mask_token": token}) == 1
+        [made] = [t for t in fast.added_tokens_decoder.values() if t.content == "<mask>"]
+        assert made == AddedToken("<mask>", lstrip=True, normalized=found, special=True)
+        assert fast.special_tokens_map_extended["mask_token"] == made
+        assert token.special is False  # the caller's own
+    assert slow.add_special_tokens({"mask_token": AddedToken("<mask>")}) == 1
+    made = slow.special_tokens_map_extended["mask_token"]
+    assert made == AddedToken("<mask>", normalized=True, special=True)
+
+
+def test_a_special_token_keeps_its_flags_in_a_checkpoint_without_tokenizer_config(
+    folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = LlamaTokenizer(folder / "tokenizer.model")
+    tokenizer.add_special_tokens({"pad_token": AddedToken("<z>", rstrip=True)})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    again = LlamaTokenizer.from_pretrained(tmp_path)
+    assert again.added_tokens_decoder[tokenizer.pad_token_id].rstrip
+
+
+def test_wrong_tokens_are_refused(slow: LlamaTokenizer, fast: LlamaTokenizerFast) -> None:
+    for tokenizer in (slow, fast):
+        with pytest.raises(TypeError, match="list"):
+            tokenizer.add_special_tokens({"additional_special_tokens": "x"})
+        tokenizer.pad_token = "</s>"
+        with pytest.raises(ValueError, match="integers"):
+            tokenizer.pad({"input_ids": [["a"]]})
+    with pytest.raises(TypeError, match="list"):
+        slow.convert_tokens_to_string("text")
+
+
+def test_a_fast_encoding_maps_tokens_words_and_characters(
+    slow: LlamaTokenizer, fast: LlamaTokenizerFast
+) -> None:
+    # What 4.37.2 gives for the same calls on the LLaMA-2 model.
+    text = fast("a prince")
+    last = len(text.input_ids) - 1
+    assert text.char_to_token(0) == 1 and text.char_to_token(7) == last
+    assert text.token_to_chars(1) == (0, 1) and text.token_to_chars(0) is None
+    span = text.word_to_tokens(0)
+    assert span is not None and (span.start, span.end) == (1, last + 1)
+    assert text.token_to_word(1) == 0 and text.token_to_word(0) is None
+    assert text.word_to_tokens(5) is None
+    assert text.char_to_word(1) == 0 and text.word_to_chars(0) == (0, 8)
+    assert text.words() == text.word_ids() == [None] + [0] * last
+    pair = fast("a", "a")
+    assert pair.n_sequences == 2 and pair.token_to_sequence(3) == 1
+    assert pair.token_to_sequence(0) is None
+    assert pair.char_to_token(0, sequence_index=1) == 3
+    rows = fast([["a", "prince"], ["a"]], is_split_into_words=True)
+    assert rows.word_to_chars(0, 1) == (0, 6) and rows.token_to_word(1, 1) == 0
+    assert rows.char_to_token(1, 0) == 1 and rows.token_to_word(0, 2) == 1
+    assert slow("a").n_sequences is None
+    with pytest.raises(ValueError, match="fast"):
+        slow("a").char_to_token(0)
+
+
 def test_pieces_renamed_by_added_tokens_keep_their_ids(folder: Path) -> None:
     tokenizer = LlamaTokenizer(folder / "tokenizer.model", added_tokens_decoder={9: "<nine>"})
     vocabulary = tokenizer.get_vocab()
