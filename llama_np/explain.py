@@ -54,8 +54,7 @@ from llama_np.verify import (
 
 BETTER = 0.5  # a mistake must at least halve the error of everything that fails
 CLEARLY = 2.0  # the best explanation must be this much closer than a different one
-FIRST_OF_PAIR = 12  # how many single mistakes the search for pairs starts from
-PAIR_SECONDS = 1.8
+PAIR_SECONDS = 1.8  # the likeliest pairs come first
 CLOSE, CLEAR = 30, 300  # yardsticks: what may fit before rounding is looked at, and what cannot
 
 
@@ -507,7 +506,7 @@ def _pairs(evidence: Evidence, base: Run, trials: list[Trial]) -> Iterator[Trial
     deadline = time.monotonic() + PAIR_SECONDS
     seen: set[str] = set()
     for number, one in enumerate(ranked):
-        if one.ids[0] in seen if only_heads else number >= FIRST_OF_PAIR:
+        if only_heads and one.ids[0] in seen:
             continue  # of logits alone, the best form of every mistake is the beginning
         seen.add(one.ids[0])
         explained = max(reached.fits(one.errors), start)

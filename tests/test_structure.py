@@ -35,7 +35,7 @@ LEVELS = [
     "cli_chat cli_convert hf_base hf_generate ports",
     "hf mistakes verify",
     "check explain hf_auto mutation replay report scalars",
-    "cli_oracle",
+    "cli_oracle testing",
     "cli",
     "__init__ __main__",
 ]
