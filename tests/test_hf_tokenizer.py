@@ -248,6 +248,22 @@ def test_a_special_token_keeps_its_flags_in_a_checkpoint_without_tokenizer_confi
     assert again.added_tokens_decoder[tokenizer.pad_token_id].rstrip
 
 
+def test_added_token_flags_are_heeded_by_the_fast_class(fast: LlamaTokenizerFast) -> None:
+    assert fast.add_tokens(AddedToken("<x>", special=True)) == 1
+    assert "<x>" not in fast.decode(fast.encode("a <x> b"), skip_special_tokens=True)
+    assert "<x>" in fast.decode(fast.encode("a <x> b"))
+
+
+@BOTH
+def test_unknown_and_outdated_keywords_are_refused_by_name(cls: Any, folder: Path) -> None:
+    tokenizer = cls(folder / "tokenizer.model")
+    for name in ("truncation_strategy", "pad_to_max_length", "bogus"):
+        with pytest.raises(TypeError, match=name):
+            tokenizer("a", **{name: True})
+    with pytest.raises(ValueError, match="max_length"):
+        tokenizer("a", max_length=-1)
+
+
 def test_wrong_tokens_are_refused(slow: LlamaTokenizer, fast: LlamaTokenizerFast) -> None:
     for tokenizer in (slow, fast):
         with pytest.raises(TypeError, match="list"):
