@@ -164,6 +164,11 @@ class Evidence:
         extra = self.port.topk is not None or self.port.greedy is not None or not self.names
         return frozenset([*self.names, *(["lm_head"] if extra else [])])
 
+    @property
+    def shows_numbers(self) -> bool:
+        """Whether there is more to compare than token ids, which say too little about two."""
+        return bool(self.names) or self.port.topk is not None or self.port.greedy is not None
+
     def targets(self, run: Run) -> dict[str, list[Target]]:
         """The port's arrays in the axes of this run, in all readings."""
         rows = run.tokens.shape[1] if run.rows is None else len(run.rows)
@@ -243,6 +248,8 @@ def explain(
     mistakes = tuple(catalogue)
     if report.verdict != FAIL:
         return Explanation("clean", (), report, hidden=_hidden(evidence, base, mistakes))
+    if not notes and _accepted(evidence, [_try(evidence, (), base)]):
+        return Explanation("unexplained", (), report, notes=(FORM,))
     trials = _singles(evidence, base, mistakes)
     ids = _TOKENS_DIFFER if notes else None
     if ids is not None:
@@ -250,7 +257,7 @@ def explain(
     accepted = (ids and _accepted(evidence, trials[-1:])) or _accepted(evidence, trials)
     if not accepted:
         accepted = _accepted(evidence, _fitted(evidence, base, mistakes))
-    if not accepted and pairs:
+    if not accepted and pairs and evidence.shows_numbers:
         accepted = _accepted(evidence, _pairs(evidence, base, trials))
     if not accepted and "head_untied" in {mistake.id for mistake in mistakes}:
         other = _other_head(evidence, base)
@@ -259,6 +266,7 @@ def explain(
     return _conclude(evidence, accepted, trials, notes)
 
 
+FORM = "all numbers that could be compared are right: rows, columns or ids are missing or too many"
 _TOKENS_DIFFER = Mistake(
     "token_ids",
     "The port fed other token ids; with those, all its numbers are right.",

@@ -430,7 +430,7 @@ def views(name: str, array: Array, golden: Golden) -> Iterator[View]:
     axes = axes_of(name).split(",")
     for values, layout in _readings(name, axes, array.values, shape, golden):
         n = values.shape[axes.index("T")]
-        for start in dict.fromkeys((0, T - n)):
+        for start in dict.fromkeys((0, T - n, max(golden.prompt - n, 0))):
             for turned, how in _rotary_layouts(name, values, golden.config.head_dim):
                 text = ", ".join(filter(None, (layout, how)))
                 yield View(turned, start, text, array.label)

@@ -31,6 +31,7 @@ from llama_np.trace import Golden, in_order, load_golden
 
 FLOOR = 6e-8  # the golden values themselves are rounded to float32
 HOPELESS = 0.7  # above this error nothing is in common, whatever the yardstick
+BROKEN = "NaN or infinity"
 PASS, NOTE, FAIL, SAME = "pass", "note", "fail", "equivalent"
 
 
@@ -155,6 +156,7 @@ def compare(golden: Golden, port: Port) -> Report:
     if not findings and not (port.tokens is not None and not problems):
         problems.append("the dump and the golden file have nothing in common")
     problems += _invisible_winners(golden, port)
+    problems += _partly_decoded(findings, golden) if not problems else []
     statuses = {f.status for f in findings}
     failed = bool(problems) or FAIL in statuses
     seen = {f.tensor for f in findings}
@@ -186,7 +188,7 @@ def _token_problems(golden: Golden, port: Port) -> Iterator[str]:
     if n < min(golden.prompt, gold.shape[1]):
         yield f"the dump holds {n} token ids, the prompt alone has {golden.prompt}"
     elif n not in (golden.prompt, gold.shape[1]):
-        yield f"the dump holds {n} token ids, the golden file has {gold.shape[1]}"
+        yield f"the dump holds {n} token ids: {_decoded(n, golden)}"
     elif len(wrong):
         b, t = wrong[0].tolist()
         yield f"other token ids: {int(mine[b, t])} at position {t}, expected {int(gold[b, t])}"
@@ -229,6 +231,9 @@ def judge(
     if best is not None:
         return measure(name, best, gold, yardstick, golden, usable)
     reason = f"shape {array.values.shape} does not fit {axes_of(name)} = {gold.shape}"
+    V = gold.shape[-1]
+    if axes_of(name).endswith("V") and array.values.shape[-1:] < (V,):
+        reason += f": {V - array.values.shape[-1]} of {V} columns are missing, dump all words"
     return Finding(name, FAIL, float("inf"), float("inf"), yardstick, array.label, reason=reason)
 
 
@@ -247,7 +252,7 @@ def measure(
     size = error(mine, target)
     status, peak = grade(mine, target, size, yardstick)
     broken = not np.isfinite(mine).all()
-    reason = "NaN or infinity" if broken else ""
+    reason = BROKEN if broken else ""
     profile = row_errors(mine, target, axis)
     heads = _head_errors(name, mine, target, golden.config.head_dim)
     first = next((i for i, e in enumerate(profile) if not e <= PEAK * yardstick), None)
@@ -350,12 +355,26 @@ def _same_rows(findings: list[Finding], golden: Golden, tokens: int | None) -> l
         layer = split_name(f.tensor)[0]
         at_end = layer == last or f.tensor in ("model.norm", "lm_head", "score")
         fits = f.rows == longest in whole or (at_end and f.rows in read)
-        if f.rows == 0 or (fits and (tokens is None or f.rows <= tokens)):
+        # Right numbers must also be those of the last rows, not of some first ones.
+        placed = f.rows in (T, P) or f.start + f.rows in (T, P) or f.status == FAIL
+        if f.rows == 0 or (fits and placed and (tokens is None or f.rows <= tokens)):
             return f
         found = f"{f.rows} rows, expected {T} (or the {P} of the prompt, everywhere)"
         return replace(f, status=FAIL, error=float("inf"), reason=found, position=f.position or 0)
 
     return [checked(f) for f in findings]
+
+
+def _partly_decoded(findings: list[Finding], golden: Golden) -> list[str]:
+    """What to do about arrays that end between two decode steps."""
+    rows = [f.rows for f in findings if golden.prompt < f.rows < golden.tokens.shape[1]]
+    return [_decoded(max(rows), golden)] if rows else []
+
+
+def _decoded(n: int, golden: Golden) -> str:
+    T, P = golden.tokens.shape[1], golden.prompt
+    found = f"{n} rows are the prompt's {P} and {n - P} of {T - P} decode steps"
+    return f"{found}: dump all {T}, or only the {P}, or record with --decode {n - P}"
 
 
 @dataclass
@@ -378,7 +397,7 @@ class _Settling:
         return bool(covered) and all(map(self.good, covered))
 
     def excuse(self, name: str, reason: str) -> None:
-        if self.bad(name):
+        if self.bad(name) and np.isfinite(self.findings[name].error):  # else rows are missing
             changed = replace(self.findings[name], status=SAME, reason=reason, position=None)
             self.findings[name] = changed
 
@@ -682,10 +701,8 @@ def hint(report: Report) -> str:
     first = report.first_divergence
     if first is None:
         return ""
-    if first.reason and not first.profile:
-        return first.reason
     if not np.isfinite(first.error):
-        return _broken_rows(first)
+        return _broken_rows(first) if first.reason in ("", BROKEN) else first.reason
     local = split_name(first.tensor)[1]
     at, start = first.position or 0, first.start
     heads = _some_heads(first)

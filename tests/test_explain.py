@@ -155,6 +155,13 @@ def test_a_row_that_sees_nothing_is_named(precision: Precision, form: int) -> No
     assert named(explained(only(arrays, "block"))) == ["causal_mask_strict"]
 
 
+def test_missing_rows_are_no_mistake_of_the_catalogue() -> None:
+    arrays = dump(plain())
+    arrays["model.layers.1.mlp"] = arrays["model.layers.1.mlp"][:, :14]
+    found = explained(arrays)
+    assert found.verdict == "unexplained" and "all numbers" in found.notes[0]
+
+
 def test_nothing_but_nan_is_not_named() -> None:
     arrays = only(mistaken("causal_mask_strict", form=2), "lm_head")
     assert np.isnan(arrays["lm_head"]).all()

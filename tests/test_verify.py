@@ -12,7 +12,7 @@ import pytest
 from golden_models import IDS, dump, golden, mistaken, plain, tiny
 
 from llama_np.errors import CheckpointError, VerificationError
-from llama_np.experiment import BFLOAT16, FLOAT16, FLOAT32, honest_runs
+from llama_np.experiment import BFLOAT16, FLOAT16, FLOAT32, honest_runs, row_axis
 from llama_np.layers import merge_heads
 from llama_np.ports import possible_names, read_port, to_interleaved
 from llama_np.precision import to_bf16
@@ -484,3 +484,41 @@ def test_a_row_that_is_fully_masked_is_called_so() -> None:
     first = report.first_divergence
     assert first is not None and first.tensor == "model.layers.0.self_attn.weights"
     assert "only at position 0: fully masked" in hint(report)
+
+
+def first_rows(n: int) -> Dump:
+    """A dump that ends after n tokens."""
+    arrays = {}
+    for name, array in dump(plain()).items():
+        axis = 1 if name == "input_ids" else row_axis(name)
+        arrays[name] = array.take(range(n), axis)
+    return arrays
+
+
+def test_a_partly_decoded_dump_says_what_to_do() -> None:
+    advice = "the prompt's 12 and 2 of 4 decode steps: dump all 16, or only the 12, or record with"
+    for arrays in (first_rows(14), {"lm_head": first_rows(14)["lm_head"]}):
+        report = judged(arrays)
+        assert report.verdict == "fail" and f"{advice} --decode 2" in str(report)
+    assert judged(first_rows(12)).verdict == "pass"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_are_right_but_the_first_ones_do_not_pass(rows: int) -> None:
+    arrays = first_rows(rows)
+    del arrays["input_ids"]
+    assert judged(arrays).verdict == "fail"
+    assert judged({"lm_head": arrays["lm_head"]}).verdict == "fail"
+
+
+@pytest.mark.parametrize("rows", [slice(11, 12), slice(15, 16), slice(12, 16), slice(11, 16)])
+def test_the_rows_that_somebody_reads_are_enough(rows: slice) -> None:
+    assert judged({"lm_head": dump(plain())["lm_head"][:, rows]}).verdict == "pass"
+
+
+def test_missing_words_are_counted() -> None:
+    arrays = dump(plain())
+    arrays["lm_head"] = arrays["lm_head"][..., :-3]
+    report = judged(arrays)
+    assert report.verdict == "fail"
+    assert f"3 of {tiny()[0].vocab_size} columns are missing" in str(report)
