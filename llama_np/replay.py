@@ -313,8 +313,9 @@ def _rounding(names: Iterable[str], like: Golden) -> dict[str, float]:
     """What the plainest float32 program gets wrong in each of these intervals.
 
     Adding n numbers one after another costs up to sqrt(n) / 4 roundings (measured for dot
-    products, norms and softmax, n = 16 ... 8192), the arithmetic around it one more. Ops that
-    were not captured add theirs to the next one that was.
+    products, norms and softmax, n = 16 ... 8192), the arithmetic around it two more: exp is
+    rarely exact, and fused kernels add in another order than the dumped ones. Ops that were not
+    captured add theirs to the next one that was.
     """
     captured, floors, skipped = set(names), dict.fromkeys(names, 0.0), 0.0
     for name in names_in_order(like.config.num_hidden_layers):
@@ -323,7 +324,7 @@ def _rounding(names: Iterable[str], like: Golden) -> dict[str, float]:
         terms = 0
         if summed is not None:
             terms = expected_shape(full_name(layer, summed), like.config, *like.tokens.shape)[-1]
-        skipped += UNIT * (1 + math.sqrt(terms) / 4)
+        skipped += UNIT * (2 + math.sqrt(terms) / 4)
         if name in captured:
             floors[name], skipped = skipped, 0.0
     return floors

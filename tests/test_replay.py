@@ -65,7 +65,7 @@ def test_the_plainest_loops_have_no_faulty_op() -> None:
 FAULTY = {
     "rope_interleaved": {"self_attn.q_rot", "self_attn.k_rot"},
     "rope_theta": {"model.rotary_emb.cos", "model.rotary_emb.sin"},
-    "rms_eps": {"input_layernorm", "post_attention_layernorm", "model.norm"},
+    "rms_eps_outside": {"input_layernorm", "post_attention_layernorm", "model.norm"},
     "attn_scale_missing": {"self_attn.scores"},
     "attn_scale_inverse": {"self_attn.scores"},
     "causal_mask_missing": {"self_attn.weights"},
