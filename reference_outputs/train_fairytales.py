@@ -51,14 +51,14 @@ class Recipe:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
-    epochs: int = 13
+    epochs: int = 15
     patience: int = 4  # epochs without a better validation loss before training stops
     rows: int = 8  # crops per step
     learning_rate: float = 3e-3
     embedding_learning_rate: float = 3e-3
     warmup: int = 100  # steps
     weight_decay: float = 0.3
-    dropout: float = 0.1
+    dropout: float = 0.2
     subword_dropout: float = 0.1  # BPE-dropout, fading to 0 at the end of training
     title_rate: float = 0.5  # how often a story starts with its title
     author_weight: float = 0.02  # "who wrote this?" as a side task for the trunk
