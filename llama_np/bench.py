@@ -132,15 +132,16 @@ def _arrays(value: Any) -> list[np.ndarray]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
-def weight_count(weights: ModelWeights) -> int:
-    """Numbers that every token is multiplied with."""
-    head = weights["lm_head.weight"].size
-    return head + sum(
-        a.size
+def prefill_operations(weights: ModelWeights, tokens: int) -> int:
+    """Multiplications and additions of the products: the head only sees the last token."""
+    layers = sum(
+        array.size
         for name, value in weights.items()
         if name.startswith("model.layers.")
-        for a in _arrays(value)
+        for array in _arrays(value)
     )
+    head: int = weights["lm_head.weight"].size
+    return 2 * (layers * tokens + head)
 
 
 def measure(
@@ -157,7 +158,7 @@ def measure(
     for length in prompts:
         rows = random.integers(0, config.vocab_size, (1, length)).tolist()
         spent = seconds(partial(_prefill, rows, config, weights), 3)
-        flops = 2 * weight_count(weights) * length / spent
+        flops = prefill_operations(weights, length) / spent
         found.append(
             Measurement("prefill", 1, length, length / spent, flops / ceilings.flops_per_second)
         )

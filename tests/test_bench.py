@@ -11,10 +11,10 @@ from llama_np.bench import (
     SHAPES,
     Ceilings,
     measure,
+    prefill_operations,
     random_model,
     table,
     weight_bytes,
-    weight_count,
 )
 from llama_np.checkpoint import expected_shapes
 from llama_np.cli import main
@@ -25,7 +25,13 @@ def test_a_step_reads_every_weight_once_and_a_tied_table_as_the_head() -> None:
     sizes = {name: int(np.prod(s)) for name, s in expected_shapes(config).items()}
     read = sum(sizes.values()) - sizes["lm_head.weight"] - sizes["score.weight"]
     assert weight_bytes(weights) == 4 * read
-    assert weight_count(weights) == read - sizes["model.norm.weight"]
+
+
+def test_prefill_multiplies_every_token_with_the_layers_and_the_last_one_with_the_head() -> None:
+    config, weights = load("fairytales")
+    sizes = {name: int(np.prod(s)) for name, s in expected_shapes(config).items()}
+    layers = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
+    assert prefill_operations(weights, 5) == 2 * (5 * layers + sizes["lm_head.weight"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
