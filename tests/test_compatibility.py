@@ -296,8 +296,9 @@ def test_options_of_a_training_framework_are_refused_by_name() -> None:
         with pytest.raises(TypeError, match=name):
             FlaxLlamaModel(LlamaConfig(**SIZES), **options)
     for name in ("from_flax", "from_tf"):
+        loading: dict[str, Any] = {name: True}
         with pytest.raises(TypeError, match=name):
-            FlaxLlamaModel.from_pretrained("fairytales", **{name: True})
+            FlaxLlamaModel.from_pretrained("fairytales", **loading)
 
 
 def test_weights_of_pytorch_load_into_the_flax_classes_with_or_without_being_told() -> None:

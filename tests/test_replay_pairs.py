@@ -8,6 +8,7 @@ by more than rounding, the op is faulty.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -51,7 +52,8 @@ def with_mistakes(run: Run, pair: tuple[Form, Form]) -> Run | None:
 
 def pairs(run: Run, seed: int, count: int) -> list[tuple[Form, Form]]:
     """Random pairs of two different mistakes that can be made together."""
-    rng, every, chosen = random.Random(seed), forms(run), []
+    rng, every = random.Random(seed), forms(run)
+    chosen: list[tuple[Form, Form]] = []
     while len(chosen) < count:
         one, two = rng.sample(every, 2)
         if one[0] != two[0] and with_mistakes(run, (one, two)) is not None:
@@ -64,7 +66,7 @@ def op_by_op(run: Run, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results: dict[str, np.ndarray] = {}
 
     def op(local: str) -> Op:
-        shown = run.shown.get(local, lambda array: array)
+        shown: Callable[[np.ndarray], np.ndarray] = run.shown.get(local, lambda array: array)
 
         def take(array: np.ndarray, place: Place) -> np.ndarray:
             name = full_name(place.layer, local)
@@ -72,7 +74,7 @@ def op_by_op(run: Run, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             order = shown(np.arange(array.shape[1])[None])[0]  # of heads, where a run reorders them
             given = arrays[name].astype(np.float64)[:, np.argsort(order)]
             if local == "self_attn.scores":  # the dump has 0 for later tokens
-                return np.where(np.tri(*array.shape[-2:], dtype=bool), given, array)
+                return np.where(np.tri(*array.shape[-2:]) > 0, given, array)
             return given
 
         return take
