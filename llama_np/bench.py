@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,7 @@ from llama_np.errors import require
 from llama_np.generate import activation_dtype, prefill
 from llama_np.model import ModelWeights, hidden_states, logits
 from llama_np.precision import to_bf16
+from llama_np.workers import share_products
 
 # Shapes of well-known models, to be measured with random weights.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -194,10 +198,12 @@ def bench(
     prompts: Sequence[int],
     context: int,
     compare: str | None = None,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Everything that `llama-np bench` reports. `model` may be a shape such as "135M".
 
     compare: "transformers" measures the same workloads with that library, if it is installed.
+    processes: how many share the products (`workers.share_products`).
     """
     start = time.perf_counter()
     config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
@@ -206,7 +212,9 @@ def bench(
     prefill([[1, 2, 3]], weights, config, KVCache(config, dtype=activation_dtype(weights)))
     first = time.perf_counter() - start
     ceilings = measure_ceilings()
-    found = measure(config, weights, batches, prompts, context, ceilings)
+    with share_products(weights, processes) as used:
+        found = measure(config, weights, batches, prompts, context, ceilings)
+        peak = peak_memory() + sum(map(private_memory, active_children()))
     report: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -214,7 +222,8 @@ def bench(
         "ceilings": asdict(ceilings),
         "load_seconds": loaded,
         "first_token_seconds": first,
-        "peak_memory_bytes": peak_memory(),
+        "processes": used,
+        "peak_memory_bytes": peak,
         "measurements": [asdict(m) for m in found],
     }
     if compare is not None:
@@ -245,6 +254,13 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def private_memory(process: BaseProcess) -> int:
+    """Bytes that a worker process occupies and shares with no other (Linux)."""
+    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text("ascii")
+    fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
+    return sum(1024 * int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_File"))
 
 
 PEER = """
@@ -315,6 +331,7 @@ def table(report: dict[str, Any]) -> str:
     bandwidth, flops = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
     first, peak = report["first_token_seconds"] * 1e3, report["peak_memory_bytes"] / 1e6
     where = f"{name['processor']}, {name['cores']} cores, NumPy {name['numpy']}"
+    where += f", {report['processes']} processes" if report["processes"] > 1 else ""
     lines = [
         f"{report['model']} {report['dtype']} on {where}",
         f"limits: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s",

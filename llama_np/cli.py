@@ -88,7 +88,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", default="fairytales", help="checkpoint (default: the bundled fairytales)"
     )
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
-    parser.add_argument("-t", "--threads", type=_positive, help="threads of the matrix products")
+    parser.add_argument("-t", "--threads", type=_positive, help="cores to use for matrix products")
     parser.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
 
 
@@ -136,18 +136,21 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--save-cache and --load-cache need a single prompt")
     if args.prompts is None and (args.output or args.scheduler):
         raise ValueError("--output and --scheduler need --prompts FILE")
+    from llama_np.workers import share_products
+
     prompts = _read_prompts(args)
     if args.output or args.scheduler:
         run_bulk(args, generate_task(args), prompts)
         return 0
     started = time.perf_counter()
     session = Session(args)
-    loaded = time.perf_counter() - started
-    if args.prompts is not None:
-        return session.run_batch(prompts)
-    if sys.stdout.isatty() and sys.stderr.isatty() and not args.json:
-        write(prompts[0], sys.stderr)
-    return session.run_single(prompts[0], loaded)
+    with share_products(session.weights, args.threads):
+        loaded = time.perf_counter() - started
+        if args.prompts is not None:
+            return session.run_batch(prompts)
+        if sys.stdout.isatty() and sys.stderr.isatty() and not args.json:
+            write(prompts[0], sys.stderr)
+        return session.run_single(prompts[0], loaded)
 
 
 def generate_task(args: argparse.Namespace) -> Any:
@@ -534,7 +537,13 @@ def run_bench(args: argparse.Namespace) -> int:
 
     limit_threads(args.threads)
     report = bench(
-        args.model, args.dtype, args.batch, args.prompt_tokens, args.context, args.compare
+        args.model,
+        args.dtype,
+        args.batch,
+        args.prompt_tokens,
+        args.context,
+        args.compare,
+        args.threads,
     )
     if args.plot:
         plot(report, args.plot)

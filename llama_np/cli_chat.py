@@ -18,6 +18,7 @@ from llama_np.sampling import Sampling
 from llama_np.terminal import note, write
 from llama_np.threads import limit_threads
 from llama_np.tokenizer import check_vocabulary
+from llama_np.workers import share_products
 
 HELP = """\
 /help            this list
@@ -45,6 +46,13 @@ def run_chat(args: argparse.Namespace) -> int:
         note("no chat template: the model continues your text (--format llama2 or llama3 to chat)")
     if sys.stdin.isatty():
         note("/help lists the commands")
+    with share_products(chat.weights, args.threads):
+        converse(chat)
+    return 0
+
+
+def converse(chat: Chat) -> None:
+    """Obey commands and answer messages until the input ends or /exit."""
     for message in messages():
         try:
             if message.startswith("/"):
@@ -54,7 +62,6 @@ def run_chat(args: argparse.Namespace) -> int:
                 show(chat, chat.answer(message))
         except (ValueError, TypeError, OSError) as problem:  # the conversation goes on
             note(f"llama-np: error: {problem}")
-    return 0
 
 
 def open_chat(args: argparse.Namespace) -> Chat:

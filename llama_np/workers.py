@@ -1,0 +1,230 @@
+"""Worker processes that share the matrix products of decoding.
+
+NumPy widens bfloat16 on one core, and a Python thread takes longer to wake up (65 us on the
+machine of `linear`) than its share of a product takes. Processes that were forked after the
+weights were loaded see the same weights, need no lock of the interpreter, and wait for work by
+asking again and again for a moment: a product costs 5 us more than its parts. One pass over
+135 million bfloat16 weights takes 14 ms instead of 25, two rows of float32 17 instead of 25.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from llama_np.linear import TEAMS, Product, strategy, times_few, times_one
+from llama_np.precision import is_bf16
+from llama_np.threads import blas_threads, cores, set_blas_threads
+
+BF16_ROWS = range(1, 33)  # of x for which sharing pays; BLAS's own threads do as well for more
+FLOAT_ROWS = range(1, 6)
+MOST_ROWS = BF16_ROWS[-1]
+MOST_PROCESSES = 4
+FEWEST_WEIGHTS = 1 << 17  # a smaller product takes less time than sharing it
+FEWEST_BYTES = 1 << 26  # of all weights; fewer are read so fast that sharing does not pay
+ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
+PATIENCE = 0.5  # seconds between two looks whether the other side still lives
+
+
+@contextmanager
+def share_products(weights: Mapping[str, Any], processes: int | None = None) -> Iterator[int]:
+    """Let `processes` processes, this one included, share the products with these weights.
+
+    By default one for each core, 4 at most. Yields how many there are: 1, and nothing changes,
+    on one core, for a small model, without threadpoolctl (extra `bench`; it keeps BLAS to one
+    thread in each process), and everywhere but on Linux, where a process can be forked safely.
+    Results are the same as without, up to the order of summation.
+    """
+    wanted = min(cores(), MOST_PROCESSES) if processes is None else processes
+    shared = [weight for weight in _matrices(weights) if weight.size >= FEWEST_WEIGHTS]
+    worth_it = sum(weight.nbytes for weight in shared) >= FEWEST_BYTES
+    threads = blas_threads()
+    if wanted < 2 or not worth_it or threads is None or sys.platform != "linux":
+        yield 1
+        return
+    team = Team(shared, wanted, threads)
+    try:
+        yield wanted
+    finally:
+        team.close()
+
+
+def _matrices(weights: Mapping[str, Any]) -> list[np.ndarray]:
+    """Every matrix among the weights once."""
+    found: dict[int, np.ndarray] = {}
+    for value in weights.values():
+        for array in value.values() if isinstance(value, Mapping) else [value]:
+            if array.ndim == 2:
+                found[id(array)] = array
+    return list(found.values())
+
+
+class Team:
+    """Processes of which each multiplies with its share of the rows of every weight.
+
+    Jobs and results travel over one board of shared memory, semaphores say when.
+    """
+
+    def __init__(self, weights: list[np.ndarray], processes: int, threads: int) -> None:
+        self.weights = weights
+        self.number = {id(weight): number for number, weight in enumerate(weights)}
+        self.threads, self.limited = threads, False
+        self.board = _Board(weights)
+        self.one_at_a_time = threading.Lock()
+        self.my_share, *others = [
+            [_share(weight, n, processes) for weight in weights] for n in range(processes)
+        ]
+        self.workers = [_Worker(weights, share, self.board) for share in others]
+        self.busy: list[_Worker] = []
+        TEAMS.update((key, self) for key in self.number)
+
+    def close(self) -> None:
+        """End the workers; products are made by this process alone again."""
+        for key in self.number:
+            TEAMS.pop(key, None)
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.join()
+        self._limit_blas(False)
+
+    def strategy(self, row_count: int, weight: np.ndarray) -> Product | None:
+        """The product of all processes; None when it does not pay for so many rows."""
+        pays = row_count in (BF16_ROWS if is_bf16(weight) else FLOAT_ROWS)
+        self._limit_blas(pays)
+        return self.times if pays else None
+
+    def _limit_blas(self, limit: bool) -> None:
+        """One thread for each process while they share products, all for this one otherwise."""
+        if limit != self.limited:
+            set_blas_threads(1 if limit else self.threads)
+            self.limited = limit
+
+    def times(self, rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The product with every process's share of the weight: (M, in), (out, in) -> (M, out)."""
+        if rows.dtype.kind != "f" or not self.one_at_a_time.acquire(blocking=False):
+            return strategy(len(rows), weight)(rows, weight)  # another thread has the workers
+        try:
+            product = self._collect(rows, self.number[id(weight)])
+        except BaseException:
+            self._settle()
+            raise
+        finally:
+            self.one_at_a_time.release()
+        if product is None:
+            self.close()
+            warnings.warn("a worker process has ended; going on with one process", stacklevel=2)
+            return strategy(len(rows), weight)(rows, weight)
+        return product
+
+    def _collect(self, rows: np.ndarray, number: int) -> np.ndarray | None:
+        """This process's share of the product and the others'; None when a worker has ended."""
+        self.board.write(number, rows)
+        self.busy = list(self.workers)
+        for worker in self.workers:
+            worker.go.release()
+        weight, mine = self.weights[number], self.my_share[number]
+        product = np.empty((len(rows), len(weight)), rows.dtype)
+        product[:, mine] = _local(len(rows), weight)(rows, weight[mine])
+        for worker in self.workers:
+            while not _taken(worker.done):
+                if not worker.process.is_alive():
+                    return None
+            self.busy.remove(worker)
+            share = worker.share[number]
+            product[:, share] = self.board.result(share, rows)
+        return product
+
+    def _settle(self) -> None:
+        """After Ctrl-C: let the workers finish their job, or end them."""
+        if not all(_taken(worker.done) for worker in self.busy):
+            self.close()
+
+
+class _Worker:
+    """A process forked from this one: it sees the same weights and the same board."""
+
+    def __init__(self, weights: list[np.ndarray], share: list[slice], board: _Board) -> None:
+        self.share = share
+        context = multiprocessing.get_context("fork")
+        self.go, self.done = context.Semaphore(0), context.Semaphore(0)
+        self.process = context.Process(target=self._serve, args=(weights, board), daemon=True)
+        with warnings.catch_warnings():  # Python 3.12 warns of a fork beside other threads, as
+            warnings.simplefilter("ignore", DeprecationWarning)  # their locks stay locked in the
+            self.process.start()  # child; this one uses NumPy and semaphores only
+
+    def _serve(self, weights: list[np.ndarray], board: _Board) -> None:
+        """Multiply, until this process is killed or its parent is gone."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+        TEAMS.clear()
+        set_blas_threads(1)
+        parts = [weight[share] for weight, share in zip(weights, self.share, strict=True)]
+        parent = os.getppid()
+        while os.getppid() == parent:
+            if _taken(self.go):
+                number, rows = board.read()
+                product = _local(len(rows), parts[number])(rows, parts[number])
+                board.result(self.share[number], rows)[:] = product
+                self.done.release()
+
+
+def _local(row_count: int, weight: np.ndarray) -> Product:
+    """The fastest product for one process whose BLAS has one thread."""
+    if is_bf16(weight):
+        return strategy(row_count, weight)
+    return times_one if row_count == 1 else times_few
+
+
+def _share(weight: np.ndarray, number: int, processes: int) -> slice:
+    """The rows of a weight that are one process's share."""
+    return slice(len(weight) * number // processes, len(weight) * (number + 1) // processes)
+
+
+def _taken(semaphore: Any) -> bool:
+    """Wait for a semaphore: first awake, then asleep, for PATIENCE seconds at most."""
+    take = semaphore.acquire
+    for _ in range(ATTEMPTS):
+        if take(False):
+            return True
+    return bool(take(timeout=PATIENCE))
+
+
+class _Board:
+    """Memory that all processes see: which weight, the rows, and the product."""
+
+    def __init__(self, weights: list[np.ndarray]) -> None:
+        self.rows_start = 64  # after four integers
+        self.product_start = 64 + 8 * MOST_ROWS * max(weight.shape[1] for weight in weights)
+        most_columns = max(len(weight) for weight in weights)
+        self.memory = mmap.mmap(-1, self.product_start + 8 * MOST_ROWS * most_columns)
+        self.job = np.frombuffer(self.memory, np.int64, 4)
+        self.array = cache(self._array)  # making an array takes longer than finding it
+
+    def _array(self, start: int, M: int, width: int, itemsize: int) -> np.ndarray:
+        array = np.frombuffer(self.memory, f"f{itemsize}", M * width, start)
+        return array.reshape(M, width)
+
+    def write(self, number: int, rows: np.ndarray) -> None:
+        """Put up a job: the rows, and the number of the weight to multiply them with."""
+        self.job[:] = number, *rows.shape, rows.itemsize
+        self.array(self.rows_start, *rows.shape, rows.itemsize)[:] = rows
+
+    def read(self) -> tuple[int, np.ndarray]:
+        """The job that was put up last."""
+        number, M, width, itemsize = self.job.tolist()
+        return number, self.array(self.rows_start, M, width, itemsize)
+
+    def result(self, share: slice, rows: np.ndarray) -> np.ndarray:
+        """Where a share of the product with these rows belongs: (M, share)."""
+        start = self.product_start + 8 * MOST_ROWS * share.start
+        return self.array(start, len(rows), share.stop - share.start, rows.itemsize)
