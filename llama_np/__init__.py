@@ -27,6 +27,7 @@ from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast
 from llama_np.memory import keep_freed_memory
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
+from llama_np.workers import share_products
 
 __version__ = version("llama_np")
 
@@ -58,5 +59,6 @@ __all__ = [
     "load",
     "load_tokenizer",
     "logits",
+    "share_products",
     "stream",
 ]

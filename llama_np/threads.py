@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from functools import cache
 from typing import Any
-
-BLAS: Any = None  # the controller of the loaded BLAS, once it was looked for
 
 
 def limit_threads(count: int | None) -> None:
@@ -38,20 +38,18 @@ def blas_threads() -> int | None:
     return max((library["num_threads"] for library in controller.info()), default=1)
 
 
+@cache
 def _blas() -> Any:
     """The controller of BLAS, looked for once: that takes a millisecond, setting it 5 us."""
-    global BLAS
-    if BLAS is None:
-        try:
-            from threadpoolctl import ThreadpoolController
-        except ModuleNotFoundError:
-            return None
-        BLAS = ThreadpoolController().select(user_api="blas")
-    return BLAS
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ModuleNotFoundError:
+        return None
+    return ThreadpoolController().select(user_api="blas")
 
 
 def cores() -> int:
     """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

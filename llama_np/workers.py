@@ -37,6 +37,9 @@ ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
 
+os.register_at_fork(after_in_child=TEAMS.clear)  # workers take jobs from their own parent only
+
+
 @contextmanager
 def share_products(weights: Mapping[str, Any], processes: int | None = None) -> Iterator[int]:
     """Let `processes` processes, this one included, share the products with these weights.
@@ -48,9 +51,9 @@ def share_products(weights: Mapping[str, Any], processes: int | None = None) -> 
     """
     wanted = min(cores(), MOST_PROCESSES) if processes is None else processes
     shared = [weight for weight in _matrices(weights) if weight.size >= FEWEST_WEIGHTS]
-    worth_it = sum(weight.nbytes for weight in shared) >= FEWEST_BYTES
-    threads = blas_threads()
-    if wanted < 2 or not worth_it or threads is None or sys.platform != "linux":
+    pays = wanted > 1 and sum(weight.nbytes for weight in shared) >= FEWEST_BYTES
+    threads = blas_threads() if pays and sys.platform == "linux" else None
+    if threads is None:
         yield 1
         return
     team = Team(shared, wanted, threads)
@@ -155,7 +158,7 @@ class _Worker:
     """A process forked from this one: it sees the same weights and the same board."""
 
     def __init__(self, weights: list[np.ndarray], share: list[slice], board: _Board) -> None:
-        self.share = share
+        self.share, self.parent = share, os.getpid()
         context = multiprocessing.get_context("fork")
         self.go, self.done = context.Semaphore(0), context.Semaphore(0)
         self.process = context.Process(target=self._serve, args=(weights, board), daemon=True)
@@ -166,11 +169,9 @@ class _Worker:
     def _serve(self, weights: list[np.ndarray], board: _Board) -> None:
         """Multiply, until this process is killed or its parent is gone."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-        TEAMS.clear()
         set_blas_threads(1)
         parts = [weight[share] for weight, share in zip(weights, self.share, strict=True)]
-        parent = os.getppid()
-        while os.getppid() == parent:
+        while os.getppid() == self.parent:
             if _taken(self.go):
                 number, rows = board.read()
                 product = _local(len(rows), parts[number])(rows, parts[number])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     "activations errors hf_outputs hf_streamers memory precision tap terminal threads",
     "files hf_encoding hub linear",
-    "config tokenizer weights",
+    "config tokenizer weights workers",
     "cache chat_template gguf_file rope sentencepiece_model show torch_pickle",
     "gguf_model layers llama2c",
     "checkpoint model sampling tiktoken_model",

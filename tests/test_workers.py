@@ -1,0 +1,231 @@
+"""Products are the same when worker processes share them, whatever happens to a worker."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_np import KVCache, generate, linear, load, logits, threads, workers
+from llama_np.linear import TEAMS
+from llama_np.model import hidden_states
+from llama_np.precision import to_bf16
+from llama_np.threads import blas_threads
+from llama_np.workers import MOST_ROWS, Team, share_products
+
+SHAPES = ((67, 40), (3, 41), (130, 64))  # (out, in): odd ones too
+KINDS = ("float32", "float64", "bfloat16")
+
+
+def matrices(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    found = {}
+    for kind in KINDS:
+        for out, width in SHAPES:
+            wide = random.standard_normal((out, width)).astype(np.float32)
+            weight = to_bf16(wide) if kind == "bfloat16" else wide.astype(kind)
+            found[f"{kind} {out}"] = weight
+    return found
+
+
+@contextmanager
+def team(weights: dict[str, np.ndarray], processes: int = 2) -> Iterator[Team]:
+    """A team for weights of any size."""
+    count = blas_threads()
+    assert count is not None
+    team = Team(list(weights.values()), processes, count)
+    try:
+        yield team
+    finally:
+        team.close()
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    return matrices()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def shared(weights: dict[str, np.ndarray], request: pytest.FixtureRequest) -> Iterator[None]:
+    with team(weights, request.param):
+        yield
+
+
+@given(st.integers(0, MOST_ROWS + 2), st.sampled_from(list(matrices())))
+@settings(max_examples=200)
+def test_shared_products_equal_products_of_one_process(
+    weights: dict[str, np.ndarray], shared: None, M: int, name: str
+) -> None:
+    weight = weights[name]
+    dtype = np.float64 if "float64" in name else np.float32
+    rows = np.random.default_rng(M).standard_normal((M, weight.shape[1])).astype(dtype)
+    product = linear.linear(rows, weight)
+    assert product.dtype == dtype and id(weight) in TEAMS
+    alone = linear.strategy(M, weight)(rows, weight)
+    # sums of at most 64 products of order 1; only their order differs
+    tolerance = 1e-13 if dtype is np.float64 else 5e-5
+    np.testing.assert_allclose(product, alone, atol=tolerance)
+
+
+def test_the_workers_really_take_part(weights: dict[str, np.ndarray]) -> None:
+    weight = weights["float32 130"]
+    rows = np.ones((1, 64), np.float32)
+    with team(weights) as pair:
+        expected = linear.linear(rows, weight)
+        number = pair.number[id(weight)]
+        share = pair.workers[0].share[number]
+        board = pair.board.result(share, rows)
+        np.testing.assert_array_equal(board, expected[:, share])
+        assert board.any() and share == slice(65, 130)
+
+
+def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> None:
+    count = blas_threads()
+    with team(weights) as pair:
+        linear.linear(np.ones((2, 64), np.float32), weights["bfloat16 130"])
+        assert blas_threads() == 1
+        processes = [worker.process for worker in pair.workers]
+        assert all(process.is_alive() for process in processes)
+    assert not any(process.is_alive() for process in processes)
+    assert not TEAMS and blas_threads() == count
+
+
+def test_more_rows_than_pay_are_left_to_the_threads_of_blas(
+    weights: dict[str, np.ndarray],
+) -> None:
+    all_threads = blas_threads()
+    weight = weights["bfloat16 130"]
+    with team(weights) as pair:
+        for M, expected in ((1, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, all_threads), (1, 1)):
+            assert (pair.strategy(M, weight) is None) == (M > MOST_ROWS)
+            assert blas_threads() == expected
+
+
+def test_a_killed_worker_costs_a_warning_and_no_result(weights: dict[str, np.ndarray]) -> None:
+    weight = weights["float32 130"]
+    rows = np.ones((1, 64), np.float32)
+    with team(weights) as pair:
+        expected = linear.linear(rows, weight)
+        os.kill(pair.workers[0].process.pid or 0, signal.SIGKILL)
+        with pytest.warns(UserWarning, match="a worker process has ended"):
+            np.testing.assert_allclose(linear.linear(rows, weight), expected, atol=1e-5)
+        assert not TEAMS
+        np.testing.assert_allclose(linear.linear(rows, weight), expected, atol=1e-5)
+
+
+def test_ctrl_c_leaves_the_workers_ready(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights["float32 130"]
+    rows = np.arange(64, dtype=np.float32)[None]
+    with team(weights) as pair:
+        expected = linear.linear(rows, weight)
+
+        def interrupted(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "_local", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                linear.linear(rows * 2, weight)
+        assert pair.workers[0].process.is_alive() and id(weight) in TEAMS
+        np.testing.assert_array_equal(linear.linear(rows, weight), expected)
+
+
+def test_a_second_thread_computes_by_itself(weights: dict[str, np.ndarray]) -> None:
+    weight = weights["float32 130"]
+    rows = np.arange(128, dtype=np.float32).reshape(2, 64)
+    with team(weights) as pair, pair.one_at_a_time:
+        results: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda: results.append(linear.linear(rows, weight)))
+        thread.start()
+        thread.join()
+    # 64 products of up to 500; float32 keeps 24 bits of their sum
+    np.testing.assert_allclose(results[0], rows @ weight.T, rtol=1e-5, atol=1e-2)
+
+
+def test_a_process_forked_by_somebody_else_leaves_the_workers_alone(
+    weights: dict[str, np.ndarray],
+) -> None:
+    with team(weights):
+        child = os.fork()
+        if child == 0:
+            os._exit(len(TEAMS))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert TEAMS
+
+
+ORPHAN = """
+import time, numpy as np
+from llama_np.workers import Team
+team = Team([np.ones((8, 4), np.float32)], 2, 1)
+print(team.workers[0].process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_soon_after_their_parent_was_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20  # half a second is usual; the machine may be busy
+    while Path(f"/proc/{pid}/stat").exists():
+        if Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] == "Z":
+            break  # dead, and nobody has asked for its exit status yet
+        assert time.monotonic() < deadline, f"worker {pid} still runs"
+        time.sleep(0.05)
+
+
+def test_small_models_one_process_and_other_systems_stay_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = matrices()
+    with share_products(small, 2) as count:
+        assert count == 1 and not TEAMS
+    monkeypatch.setattr(workers, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(workers, "FEWEST_BYTES", 1)
+    with share_products(small, 1) as count:
+        assert count == 1 and not TEAMS
+    with share_products(small, 2) as count:
+        assert count == 2 and len(TEAMS) == len(small)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with share_products(small, 2) as count:
+        assert count == 1 and not TEAMS
+
+
+def test_without_threadpoolctl_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(workers, "FEWEST_BYTES", 1)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.setattr(threads, "_blas", threads._blas.__wrapped__)
+    with share_products(matrices(), 2) as count:
+        assert count == 1 and not TEAMS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_is_the_same(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(workers, "FEWEST_BYTES", 1)
+    config, weights = load("fairytales", dtype)
+    prompts, tokens = [[1, 50, 60], [1, 70]], np.array([[1, 5]])
+    alone = generate(prompts, weights, config, max_new_tokens=12)
+    with share_products(weights, 2) as count:
+        assert count == 2
+        together = generate(prompts, weights, config, max_new_tokens=12)
+        scores = logits(
+            hidden_states(np.array([[1, 5]]), weights, config, KVCache(config)), weights
+        )
+    assert [t.token_ids for t in together] == [a.token_ids for a in alone]
+    expected = logits(hidden_states(tokens, weights, config), weights)
+    # float32 in another order of summation, through the whole model
+    np.testing.assert_allclose(scores, expected, atol=2e-4)
