@@ -41,8 +41,8 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     """
     rows = x.reshape(-1, x.shape[-1])  # one large product instead of many small ones
     team = TEAMS.get(id(weight))
-    times_weight = (team and team.strategy(len(rows), weight)) or strategy(len(rows), weight)
-    product = times_weight(rows, weight)
+    shared = None if team is None else team.strategy(len(rows), weight)
+    product = (shared or strategy(len(rows), weight))(rows, weight)
     if bias is not None:
         product += bias
     return product.reshape(*x.shape[:-1], weight.shape[0])

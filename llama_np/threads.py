@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from functools import cache
 from typing import Any
@@ -50,6 +49,7 @@ def _blas() -> Any:
 
 def cores() -> int:
     """How many processors this process may use."""
-    if sys.platform == "linux":
+    try:
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
