@@ -82,7 +82,9 @@ def attend(
     dots = matmul(grouped, k.swapaxes(2, 3))  # (B, K, G*T, S)
     scores = tap("self_attn.scores", dots.reshape(B, N, T, S))  # (B, N, T, S)
     # The smallest number instead of -inf: rows that see nothing (padding) stay finite.
-    masked = np.where(visible, scores, np.finfo(scores.dtype).min)  # (B, N, T, S)
+    lowest, highest = np.finfo(scores.dtype).min, scores.dtype.type(np.inf)
+    ceiling = np.where(visible, highest, lowest)  # (B, 1, T, S)
+    masked = np.fmin(scores, ceiling)  # (B, N, T, S)
     weights = tap("self_attn.weights", softmax(masked))  # (B, N, T, S)
     mixed = matmul(weights.reshape(B, K, G * T, S), v)  # (B, K, G*T, H)
     return tap("self_attn.context", merge_heads(mixed.reshape(B, N, T, H)))  # (B, T, N*H)
