@@ -24,6 +24,7 @@ from llama_np.sampling import (
     seen_tokens,
     warp,
 )
+from llama_np.speculate import Draft, Speculation
 from llama_np.tokenizer import DecodeStream, Tokenizer
 
 PREFILL_CHUNK = 256  # prompt tokens per forward pass; bounds the memory for attention scores
@@ -91,6 +92,7 @@ def stream(
     logprobs: int | None = None,
     batch_size: int = BATCH_SIZE,
     cache: KVCache | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[Token]:
     """Complete every prompt and report each token as soon as it is chosen.
 
@@ -100,6 +102,8 @@ def stream(
     log-probability, and that many of the likeliest. A row ends after `max_new_tokens`, or when
     prompt and completion fill the trained context, with finish_reason "length".
     cache: for a single prompt, a cache that already holds its first tokens.
+    draft: for a single prompt, what guesses tokens to be checked in one pass (`speculate`);
+    the result is the same up to the order of summation.
     Errors: ValueError for an empty prompt, a number out of range or missing tokenizer;
     IndexError for an unknown id; FloatingPointError for NaN logits.
     """
@@ -110,8 +114,9 @@ def stream(
         raise ValueError("stop strings need a tokenizer")
     if any(not text for text in stop_strings):
         raise ValueError("a stop string is empty")
-    if cache is not None and len(prompts) != 1:
-        raise ValueError("a cache can be handed in for a single prompt only")
+    for name, given in (("cache", cache), ("draft", draft)):
+        if given is not None and len(prompts) != 1:
+            raise ValueError(f"a {name} can be handed in for a single prompt only")
     stops = frozenset(config.eos_token_id if stop_ids is None else stop_ids)
     room = config.max_position_embeddings
     rows = _rows(prompts, seeds, config, tokenizer, tuple(stop_strings))
@@ -120,7 +125,17 @@ def stream(
         if not row.limit:
             yield Token(row.index, None, finish_reason="length")
     waiting = deque(row for row in rows if row.limit)
-    yield from _decode(waiting, weights, config, sampling, stops, logprobs, batch_size, cache)
+    ahead = None
+    if draft is not None and waiting:
+        reader = TextReader(weights, config, cache)
+        cache, ahead = reader.cache, Speculation(reader, draft, config)
+    try:
+        yield from _decode(
+            waiting, weights, config, sampling, stops, logprobs, batch_size, cache, ahead
+        )
+    finally:
+        if ahead is not None:
+            ahead.settle()
 
 
 @dataclass
@@ -133,6 +148,11 @@ class _Row:
     writer: StopStrings | None
     limit: int = 0
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what followed."""
+        return self.prompt + self.token_ids
 
     @property
     def position(self) -> int:
@@ -172,6 +192,7 @@ def _decode(
     logprobs: int | None,
     batch_size: int,
     cache: KVCache | None,
+    ahead: Speculation | None,
 ) -> Iterator[Token]:
     """The loop: admit waiting prompts, choose a token for every row, let finished rows go."""
     rows: list[_Row] = []
@@ -195,7 +216,10 @@ def _decode(
         if len(kept) < len(rows):
             rows = [rows[i] for i in kept]
             _memory(cache).select(np.array(kept, np.int64))
-        scores = _step(rows, weights, config, _memory(cache))
+        if ahead is None:
+            scores = _step(rows, weights, config, _memory(cache))
+        else:
+            scores = ahead.after(np.array(rows[0].ids), rows[0].limit - len(rows[0].token_ids) - 1)
 
 
 def _memory(cache: KVCache | None) -> KVCache:
@@ -273,13 +297,41 @@ def _step(rows: list[_Row], weights: ModelWeights, config: Config, cache: KVCach
     return logits(hidden, weights)[:, 0]
 
 
+class TextReader:
+    """One text on its way through a model, chunk by chunk: what a `Speculation` feeds.
+
+    Without a cache it begins with an empty one.
+    """
+
+    def __init__(self, weights: ModelWeights, config: Config, cache: KVCache | None = None) -> None:
+        self.weights, self.config = weights, config
+        self.cache = KVCache(config, dtype=activation_dtype(weights)) if cache is None else cache
+
+    @property
+    def length(self) -> int:
+        """How many tokens have been read."""
+        return self.cache.length
+
+    def feed(self, tokens: np.ndarray, *, keep: int = 1) -> np.ndarray:
+        """Read new tokens (1, T): the scores of what follows the last `keep`, (1, keep, V)."""
+        hidden = [
+            hidden_states(tokens[:, i : i + PREFILL_CHUNK], self.weights, self.config, self.cache)
+            for i in range(0, tokens.shape[1], PREFILL_CHUNK)
+        ]
+        return logits(np.concatenate(hidden, axis=1)[:, -keep:], self.weights)
+
+    def rewind(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        self.cache.crop(length)
+
+
 def _choose(
     scores: np.ndarray, rows: list[_Row], sampling: Sampling, vocab_size: int
 ) -> np.ndarray:
     """One token per row: (B, V) -> (B,)."""
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = seen_tokens((row.prompt + row.token_ids for row in rows), vocab_size)
+        seen = seen_tokens((row.ids for row in rows), vocab_size)
     warped = warp(scores, sampling, seen)
     check_drawable(warped)
     if sampling.temperature == 0:

@@ -30,9 +30,9 @@ from llama_np.hf_beams import Beams
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from llama_np.hf_session import Session
-from llama_np.hf_speculate import Draft, DraftModel, PromptLookup
 from llama_np.layers import softmax
 from llama_np.model import check_tokens
+from llama_np.speculate import Draft, DraftModel, PromptLookup, Speculation
 
 _MODEL_INPUTS = (
     "attention_mask",
@@ -284,18 +284,12 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def _speculate(run: Run, scores: np.ndarray, draft: Draft) -> None:
     """Check several guessed tokens in one pass; what is written is what greedy decoding writes."""
+    ahead = Speculation(run.session, draft, run.session.model.config.core())
     run.write(scores)
     while not run.finished():
-        room = max(run.options.max_length - run.ids.shape[1] - 1, 0)
-        guess = draft.guess(run.ids[0])[:room]  # (n,)
-        fed = np.concatenate([run.ids[0, -1:], guess])[None]  # (1, n + 1)
-        checked = run.session.feed(fed, keep=len(guess) + 1)  # (1, n + 1, V)
-        token, accepted = run.write(checked[:, 0]), 0
-        while not run.finished() and accepted < len(guess) and token[0] == guess[accepted]:
-            accepted += 1
-            token = run.write(checked[:, accepted])
-        draft.learn(accepted, len(guess))
-        run.session.rewind(run.ids.shape[1] - 1)
+        most = run.options.max_length - run.ids.shape[1] - 1
+        run.write(ahead.after(run.ids[0], most))
+    ahead.settle()
 
 
 def _answer(run: Run, beams: Beams | None) -> Any:
