@@ -11,18 +11,21 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x), without overflow for very negative x."""
-    limit = 88.0 if x.dtype == np.float32 else 700.0 if x.dtype == np.float64 else 11.0
-    e = np.negative(x, out=np.empty_like(x))  # one buffer for all passes
-    np.minimum(e, limit, out=e)  # beyond the limit e^-x would overflow; the result is ~0 there
-    np.exp(e, out=e)
-    e += 1
-    return np.divide(1, e, out=e)
+    """1 / (1 + e^-x)."""
+    return 1 / _one_plus_exp(-x)
 
 
 def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x), the activation of LLaMA's MLP (arXiv:1702.03118)."""
-    return x * sigmoid(x)
+    return x / _one_plus_exp(-x)
+
+
+def _one_plus_exp(x: np.ndarray) -> np.ndarray:
+    """1 + e^x; infinite where that is too large a number, which the callers divide by."""
+    with np.errstate(over="ignore"):
+        e = np.exp(x)
+    e += 1
+    return e
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
