@@ -9,7 +9,6 @@ measures it again).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -17,15 +16,9 @@ from llama_np.precision import can_pair, is_bf16, widen_bf16, widen_even, widen_
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-
-class Team(Protocol):
-    """Worker processes that may take part in a product; see workers.py."""
-
-    def strategy(self, row_count: int, weight: np.ndarray) -> Product | None:
-        """The team's product for so many rows, or None when it does not pay."""
-
-
-TEAMS: dict[int, Team] = {}  # by id(weight)
+# What worker processes take part in (workers.py), by id(weight): for a number of rows and the
+# weight their product, or None where it does not pay.
+SHARED: dict[int, Callable[[int, np.ndarray], Product | None]] = {}
 
 FEW = (2, 3)  # rows for which BLAS's matrix-vector product is the faster one
 TILE = 8  # rows that BLAS's matrix-matrix product takes at once
@@ -40,8 +33,8 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     The weight is stored as (out, in), as in every checkpoint; bfloat16 bits are widened exactly.
     """
     rows = x.reshape(-1, x.shape[-1])  # one large product instead of many small ones
-    team = TEAMS.get(id(weight))
-    shared = None if team is None else team.strategy(len(rows), weight)
+    share = SHARED.get(id(weight))
+    shared = None if share is None else share(len(rows), weight)
     product = (shared or strategy(len(rows), weight))(rows, weight)
     if bias is not None:
         product += bias

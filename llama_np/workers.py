@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_np.linear import TEAMS, Product, strategy, times_few, times_one
+from llama_np.linear import SHARED, Product, strategy, times_few, times_one
 from llama_np.precision import is_bf16
 from llama_np.threads import blas_threads, cores, set_blas_threads
 
@@ -37,7 +37,7 @@ ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
 
-os.register_at_fork(after_in_child=TEAMS.clear)  # workers take jobs from their own parent only
+os.register_at_fork(after_in_child=SHARED.clear)  # workers take jobs from their own parent only
 
 
 @contextmanager
@@ -90,12 +90,12 @@ class Team:
         ]
         self.workers = [_Worker(weights, share, self.board) for share in others]
         self.busy: list[_Worker] = []
-        TEAMS.update((key, self) for key in self.number)
+        SHARED.update((key, self.strategy) for key in self.number)
 
     def close(self) -> None:
         """End the workers; products are made by this process alone again."""
         for key in self.number:
-            TEAMS.pop(key, None)
+            SHARED.pop(key, None)
         for worker in self.workers:
             worker.process.kill()
             worker.process.join()

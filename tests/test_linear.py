@@ -13,6 +13,7 @@ from llama_np.linear import (
     times,
     times_bf16,
     times_few,
+    times_one,
     times_padded,
 )
 from llama_np.precision import to_bf16, widen_bf16
@@ -33,6 +34,8 @@ def test_every_strategy_equals_the_plain_product(sizes: tuple[int, int, int]) ->
     # float64 sums of at most 40 numbers of order 1: only the order of summation differs
     np.testing.assert_allclose(times_few(rows, weight), expected, atol=1e-13)
     np.testing.assert_allclose(times_padded(rows, weight), expected, atol=1e-13)
+    for row, product in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(times_one(row[None], weight), product[None], atol=1e-13)
     np.testing.assert_allclose(linear(rows, weight), expected, atol=1e-13)
 
 

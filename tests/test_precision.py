@@ -211,6 +211,7 @@ FUNCTIONS: dict[str, Case] = {
     "linear.times": product(linear.times),
     "linear.times_bf16": lambda array, w: linear.times_bf16(array(T, D), to_bf16(array(9, D))),
     "linear.times_few": product(linear.times_few),
+    "linear.times_one": lambda array, w: linear.times_one(array(1, D), w["lm_head.weight"]),
     "linear.times_padded": product(linear.times_padded),
     "model.classify": lambda array, w: model.classify(TOKENS, w, CONFIG),
     "model.hidden_states": cached,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_np import KVCache, generate, linear, load, logits, threads, workers
-from llama_np.linear import TEAMS
+from llama_np.linear import SHARED
 from llama_np.model import hidden_states
 from llama_np.precision import to_bf16
 from llama_np.threads import blas_threads
@@ -69,7 +69,7 @@ def test_shared_products_equal_products_of_one_process(
     dtype = np.float64 if "float64" in name else np.float32
     rows = np.random.default_rng(M).standard_normal((M, weight.shape[1])).astype(dtype)
     product = linear.linear(rows, weight)
-    assert product.dtype == dtype and id(weight) in TEAMS
+    assert product.dtype == dtype and id(weight) in SHARED
     alone = linear.strategy(M, weight)(rows, weight)
     # sums of at most 64 products of order 1; only their order differs
     tolerance = 1e-13 if dtype is np.float64 else 5e-5
@@ -96,7 +96,7 @@ def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> N
         processes = [worker.process for worker in pair.workers]
         assert all(process.is_alive() for process in processes)
     assert not any(process.is_alive() for process in processes)
-    assert not TEAMS and blas_threads() == count
+    assert not SHARED and blas_threads() == count
 
 
 def test_more_rows_than_pay_are_left_to_the_threads_of_blas(
@@ -118,7 +118,7 @@ def test_a_killed_worker_costs_a_warning_and_no_result(weights: dict[str, np.nda
         os.kill(pair.workers[0].process.pid or 0, signal.SIGKILL)
         with pytest.warns(UserWarning, match="a worker process has ended"):
             np.testing.assert_allclose(linear.linear(rows, weight), expected, atol=1e-5)
-        assert not TEAMS
+        assert not SHARED
         np.testing.assert_allclose(linear.linear(rows, weight), expected, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_the_workers_ready(
             patch.setattr(workers, "_local", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 linear.linear(rows * 2, weight)
-        assert pair.workers[0].process.is_alive() and id(weight) in TEAMS
+        assert pair.workers[0].process.is_alive() and id(weight) in SHARED
         np.testing.assert_array_equal(linear.linear(rows, weight), expected)
 
 
@@ -159,9 +159,9 @@ def test_a_process_forked_by_somebody_else_leaves_the_workers_alone(
     with team(weights):
         child = os.fork()
         if child == 0:
-            os._exit(len(TEAMS))
+            os._exit(len(SHARED))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert TEAMS
+        assert SHARED
 
 
 ORPHAN = """
@@ -191,16 +191,16 @@ def test_small_models_one_process_and_other_systems_stay_alone(
 ) -> None:
     small = matrices()
     with share_products(small, 2) as count:
-        assert count == 1 and not TEAMS
+        assert count == 1 and not SHARED
     monkeypatch.setattr(workers, "FEWEST_WEIGHTS", 1)
     monkeypatch.setattr(workers, "FEWEST_BYTES", 1)
     with share_products(small, 1) as count:
-        assert count == 1 and not TEAMS
+        assert count == 1 and not SHARED
     with share_products(small, 2) as count:
-        assert count == 2 and len(TEAMS) == len(small)
+        assert count == 2 and len(SHARED) == len(small)
     monkeypatch.setattr(sys, "platform", "darwin")
     with share_products(small, 2) as count:
-        assert count == 1 and not TEAMS
+        assert count == 1 and not SHARED
 
 
 def test_without_threadpoolctl_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_without_threadpoolctl_nothing_is_shared(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     monkeypatch.setattr(threads, "_blas", threads._blas.__wrapped__)
     with share_products(matrices(), 2) as count:
-        assert count == 1 and not TEAMS
+        assert count == 1 and not SHARED
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
