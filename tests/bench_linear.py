@@ -10,14 +10,26 @@ import time
 import numpy as np
 
 import llama_np  # noqa: F401  it keeps freed memory, as in every real run
-from llama_np.linear import FEW, TILE, Product, times, times_bf16, times_few, times_padded
+from llama_np.linear import (
+    FEW,
+    TILE,
+    Product,
+    linear,
+    times,
+    times_bf16,
+    times_few,
+    times_padded,
+)
 from llama_np.precision import to_bf16
+from llama_np.workers import share_products
 
 LAYERS = 30
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 HEAD = (49152, 576)
 ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 15, 16, 32, 128)
 PASSES = 9
+
+Cases = dict[str, tuple[Product, list[np.ndarray]]]
 
 
 def milliseconds(
@@ -30,25 +42,35 @@ def milliseconds(
     return (time.perf_counter() - start) * 1e3
 
 
+def medians(cases: Cases, inputs: dict[int, np.ndarray]) -> str:
+    """The median duration of every product, measured in turn."""
+    spent: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(PASSES):
+        for name, (product, given) in cases.items():
+            spent[name].append(milliseconds(product, inputs, given))
+    return " ".join(f"{name} {statistics.median(v[1:]):.1f} ms" for name, v in spent.items())
+
+
 def main() -> None:
-    """Measure every strategy that can take so many rows."""
+    """Measure every strategy that can take so many rows, alone and with worker processes."""
     random = np.random.default_rng(0)
     shapes = [*LAYER * LAYERS, HEAD]
     weights = [random.standard_normal(shape, np.float32) for shape in shapes]
     bits = [to_bf16(weight) for weight in weights]
+    named = {
+        f"{kind}{i}": w for kind, ws in (("f", weights), ("b", bits)) for i, w in enumerate(ws)
+    }
     for M in ROWS:
         inputs = {D: random.standard_normal((M, D), np.float32) for D in (576, 1536)}
-        cases = {"plain": (times, weights), "bf16": (times_bf16, bits)}
+        cases: Cases = {"plain": (times, weights), "bf16": (times_bf16, bits)}
         if M in FEW or M < TILE:
             cases["few"] = (times_few, weights)
         if M % TILE:
             cases["padded"] = (times_padded, weights)
-        spent: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(PASSES):
-            for name, (product, given) in cases.items():
-                spent[name].append(milliseconds(product, inputs, given))
-        medians = {name: statistics.median(values[1:]) for name, values in spent.items()}
-        print(f"{M:>4} rows", *(f"{name} {value:.1f} ms" for name, value in medians.items()))
+        print(f"{M:>4} rows, one process: ", medians(cases, inputs))
+        with share_products(named) as count:
+            cases = {"float32": (linear, weights), "bf16": (linear, bits)}
+            print(f"{M:>4} rows, {count} processes:", medians(cases, inputs))
 
 
 if __name__ == "__main__":
