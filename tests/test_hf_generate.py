@@ -598,6 +598,31 @@ def test_speculation_never_changes_the_text(
     assert out.past_key_values[0][0].shape[2] == expected.shape[1] - 1
 
 
+@pytest.mark.filterwarnings("ignore:The text may become")
+@pytest.mark.parametrize("guesser", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_speculation_works_where_rotations_change_with_every_token(guesser: str) -> None:
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "eos_token_id": None}
+    config = LlamaConfig.from_dict(tiny().config.to_dict() | scaling)
+    model = LlamaForCausalLM(config, tiny().weights)
+    text = np.tile(prompts(1, 10), 6)  # of 60 tokens, the model was trained on 64
+    draft: Any = model if guesser == "assistant_model" else 3
+    plain = model.generate(text, max_new_tokens=30)
+    np.testing.assert_array_equal(
+        model.generate(text, max_new_tokens=30, **{guesser: draft}), plain
+    )
+
+
+def test_speculation_goes_on_from_a_given_cache() -> None:
+    model, text = tiny(), np.tile(prompts(1, 6), 2)
+    whole = model.generate(text, max_new_tokens=12, eos_token_id=None)
+    past = model(text[:, :8]).past_key_values
+    rest = model.generate(
+        text[:, 8:], past_key_values=past, attention_mask=np.ones((1, 12), int),
+        max_new_tokens=12, eos_token_id=None, prompt_lookup_num_tokens=3,
+    )  # fmt: skip
+    np.testing.assert_array_equal(rest, whole[:, 8:])
+
+
 def test_a_perfect_assistant_saves_passes() -> None:
     model = tiny()
     passes = []
