@@ -119,14 +119,14 @@ def drafts(draw: st.DrawFn) -> Any:
     seed=st.integers(0, 1000),
     scaling=st.sampled_from(sorted(SCALINGS)),
     make_draft=drafts(),
-    length=st.integers(1, 34),
+    length=st.sampled_from([*range(1, 16), 30, 31, 32, 33]),
     known=st.integers(0, 10),
     sampling=st.sampled_from(SAMPLINGS),
     options=st.fixed_dictionaries(
-        {"max_new_tokens": st.sampled_from([0, 1, 2, 5, 12, 40])},
+        {"max_new_tokens": st.sampled_from([40, 25, 12, 7, 2, 1, 0])},
         optional={
-            "stop_ids": st.lists(st.integers(0, 40), max_size=6),
-            "stop_strings": st.lists(st.text("abcde", min_size=1, max_size=3), max_size=2),
+            "stop_ids": st.lists(st.integers(0, 40), max_size=3),
+            "stop_strings": st.lists(st.text("abcde", min_size=2, max_size=4), max_size=2),
             "logprobs": st.integers(0, 3),
         },
     ),
@@ -140,7 +140,7 @@ def test_whatever_is_guessed_nothing_changes(
     sampling: Sampling,
     options: dict[str, Any],
 ) -> None:
-    config, weights = tiny_model(seed=seed, rope_scaling=SCALINGS[scaling])
+    config, weights = tiny_model(seed=seed, rope_scaling=SCALINGS[scaling], eos_token_id=7)
     half = np.random.default_rng(seed).integers(0, config.vocab_size, length // 2 + 1)
     prompt = np.tile(half, 2)[:length].tolist()
 
@@ -177,6 +177,18 @@ def test_a_text_may_end_inside_a_guess(wrong: list[bool], options: dict[str, Any
     options = {"max_new_tokens": 20, "logprobs": 2, "tokenizer": Letters()} | options
     expected, plain = run(PROMPT, WEIGHTS, CONFIG, None, **options)
     found, guessed = run(PROMPT, WEIGHTS, CONFIG, Rehearsed(TEXT, 7, wrong), **options)
+    assert_same_tokens(found, expected)
+    assert_same_cache(guessed, plain)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("count", [2, 9])
+def test_every_token_is_rotated_as_if_it_came_alone(scaling: str, count: int) -> None:
+    config, weights = tiny_model(eos_token_id=[], rope_scaling=SCALINGS[scaling])
+    expected, plain = run(PROMPT, weights, config, None)
+    text = PROMPT + [token.id for token in expected if token.id is not None]
+    assert len(text) == 32  # the trained length; 16 before the scaling
+    found, guessed = run(PROMPT, weights, config, Rehearsed(text, count, [False, False, True]))
     assert_same_tokens(found, expected)
     assert_same_cache(guessed, plain)
 
