@@ -257,10 +257,10 @@ def peak_memory() -> int:
 
 
 def private_memory(process: BaseProcess) -> int:
-    """Bytes that a worker process occupies and shares with no other (Linux)."""
+    """Bytes that a worker process occupies and shares with no other process (Linux)."""
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text("ascii")
     fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
-    return sum(1024 * int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_File"))
+    return sum(1024 * int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
 
 
 PEER = """
