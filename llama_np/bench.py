@@ -205,13 +205,13 @@ def bench(
     compare: "transformers" measures the same workloads with that library, if it is installed.
     processes: how many share the products (`workers.share_products`).
     """
+    ceilings = measure_ceilings()  # first, so that its arrays do not add to the model's memory
     start = time.perf_counter()
     config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
     loaded = time.perf_counter() - start
     start = time.perf_counter()
     prefill([[1, 2, 3]], weights, config, KVCache(config, dtype=activation_dtype(weights)))
     first = time.perf_counter() - start
-    ceilings = measure_ceilings()
     with share_products(weights, processes) as used:
         found = measure(config, weights, batches, prompts, context, ceilings)
         peak = peak_memory() + sum(map(private_memory, active_children()))
