@@ -13,6 +13,7 @@ from llama_np.generate import Token, activation_dtype, stream
 from llama_np.model import ModelWeights
 from llama_np.prompt_cache import keep_common_prefix
 from llama_np.sampling import Sampling
+from llama_np.speculate import Draft
 from llama_np.tokenizer import Tokenizer
 
 FORMATS = ("auto", "plain", "llama2", "llama3")
@@ -35,6 +36,7 @@ class Chat:
     seed: int = 0
     format: str = "auto"
     messages: list[dict[str, str]] = field(default_factory=list)
+    draft: Draft | None = None  # guesses tokens, see `generate.stream`
     forgotten: int = 0  # messages that fell out of the context in the latest turn
     reused: int = 0  # prompt tokens that the latest turn found in the cache
     cached_ids: list[int] = field(default_factory=list)
@@ -96,6 +98,7 @@ class Chat:
             "stop_ids": sorted({*self.config.eos_token_id, *self.tokenizer.eos_ids}),
             "tokenizer": self.tokenizer,
             "cache": self.cache,
+            "draft": self.draft,
         }
         try:
             for token in stream([ids], self.weights, self.config, **options):

@@ -80,6 +80,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates text."""
     add_model_options(parser)
     add_sampling_options(parser)
+    add_draft_options(parser)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +102,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repeat-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, help="drawn and reported when left out")
+
+
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Options that guess tokens, to be checked several at once."""
+    guess = parser.add_mutually_exclusive_group()
+    guess.add_argument(
+        "--prompt-lookup", type=_positive, metavar="N", help="guess N tokens from the text so far"
+    )
+    guess.add_argument("--draft", metavar="MODEL", help="let a smaller model guess")
 
 
 def _positive(text: str) -> int:
@@ -134,6 +144,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("give a prompt or --prompts FILE, not both")
     if args.prompts is not None and (args.save_cache or args.load_cache):
         raise ValueError("--save-cache and --load-cache need a single prompt")
+    if args.prompts is not None and (args.prompt_lookup or args.draft):
+        raise ValueError("--prompt-lookup and --draft need a single prompt")
     if args.prompts is None and (args.output or args.scheduler):
         raise ValueError("--output and --scheduler need --prompts FILE")
     from llama_np.workers import share_products
@@ -204,6 +216,7 @@ class Session:
         self.config, self.weights = load_model(args)
         self.tokenizer = load_tokenizer(args.model)
         check_vocabulary(self.tokenizer, self.config.vocab_size)
+        self.draft = cli_chat.open_draft(args, self.config)
         self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
 
     def tokens(self, ids: list[list[int]], cache: Any = None) -> Iterator[Any]:
@@ -223,6 +236,7 @@ class Session:
             tokenizer=self.tokenizer,
             logprobs=self.args.logprobs,
             cache=cache,
+            draft=self.draft,
         )
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
@@ -269,6 +283,9 @@ class Session:
             write("\n")
             raise
         self.save_cache(cache, ids)
+        if self.draft is not None:
+            result["guessed_tokens"] = self.draft.guessed
+            result["accepted_tokens"] = self.draft.accepted
         result["timings"] = clock.timings(len(ids), len(result["token_ids"]))
         if args.json:
             write(json.dumps(result, ensure_ascii=False) + "\n")
@@ -359,6 +376,8 @@ def statistics(result: dict[str, Any], temperature: float) -> str:
         f"text {written} tokens {timings['decode_tokens_per_second']:.0f}/s",
         f"loaded in {timings['load_seconds']:.2f} s",
     ]
+    if "guessed_tokens" in result:
+        parts.append(f"{result['accepted_tokens']} of {result['guessed_tokens']} guesses accepted")
     if temperature:
         parts.append(f"seed {result['seed']}")
     return " | ".join([*parts, f"end: {result['finish_reason']}"])

@@ -12,9 +12,11 @@ from typing import Any
 
 from llama_np.chat import FORMATS, Chat
 from llama_np.checkpoint import load, load_tokenizer
+from llama_np.config import Config
 from llama_np.files import write_atomically
-from llama_np.generate import Token
+from llama_np.generate import TextReader, Token
 from llama_np.sampling import Sampling
+from llama_np.speculate import Draft, DraftModel, PromptLookup
 from llama_np.terminal import note, write
 from llama_np.threads import limit_threads
 from llama_np.tokenizer import check_vocabulary
@@ -48,6 +50,8 @@ def run_chat(args: argparse.Namespace) -> int:
         note("/help lists the commands")
     with share_products(chat.weights, args.threads):
         converse(chat)
+    if chat.draft is not None:
+        note(f"{chat.draft.accepted} of {chat.draft.guessed} guesses accepted")
     return 0
 
 
@@ -72,10 +76,26 @@ def open_chat(args: argparse.Namespace) -> Chat:
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, config.vocab_size)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    chat = Chat(config, weights, tokenizer, sampling, args.max_tokens, seed, args.format)
+    options = {"format": args.format, "draft": open_draft(args, config)}
+    chat = Chat(config, weights, tokenizer, sampling, args.max_tokens, seed, **options)
     if args.system is not None:
         chat.messages.append({"role": "system", "content": args.system})
     return chat
+
+
+def open_draft(args: argparse.Namespace, config: Config) -> Draft | None:
+    """What guesses for a model of this configuration, as --prompt-lookup or --draft say."""
+    if args.prompt_lookup is not None:
+        return PromptLookup(args.prompt_lookup)
+    if args.draft is None:
+        return None
+    smaller, weights = load(args.draft, args.dtype, mmap=not args.no_mmap)
+    if smaller.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"--draft {args.draft!r} has a vocabulary of {smaller.vocab_size} tokens, the model "
+            f"one of {config.vocab_size}: take a smaller model of the same family"
+        )
+    return DraftModel(TextReader(weights, smaller))
 
 
 def messages() -> Iterator[str]:

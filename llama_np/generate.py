@@ -117,6 +117,8 @@ def stream(
     for name, given in (("cache", cache), ("draft", draft)):
         if given is not None and len(prompts) != 1:
             raise ValueError(f"a {name} can be handed in for a single prompt only")
+    if cache is not None and cache.batch != 1:
+        raise ValueError(f"the cache holds {cache.batch} rows, expected one")
     stops = frozenset(config.eos_token_id if stop_ids is None else stop_ids)
     room = config.max_position_embeddings
     rows = _rows(prompts, seeds, config, tokenizer, tuple(stop_strings))

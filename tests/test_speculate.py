@@ -4,7 +4,11 @@ Several tokens in one pass are summed in another order than one by one. In float
 scores by about 1e-15, so no token of a random model changes.
 """
 
+import io
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import QUICK, SCALINGS, tiny_model
 
-from llama_np import KVCache
+from llama_np import KVCache, LlamaConfig, LlamaForCausalLM, load, load_tokenizer
+from llama_np.chat import Chat
+from llama_np.cli import main
 from llama_np.config import Config
 from llama_np.generate import TextReader, Token, generate, prefill, stream
 from llama_np.sampling import Sampling
 from llama_np.speculate import Draft, DraftModel, PromptLookup, steady_length
 
 CONFIG, WEIGHTS = tiny_model(eos_token_id=[])
+FAIRYTALES, TALES = load("fairytales", np.float64)
+TOKENIZER = load_tokenizer("fairytales")
 SAMPLINGS = (
     Sampling(),
     Sampling(repetition_penalty=1.3),
@@ -313,3 +321,104 @@ def test_guessers_refuse_what_makes_no_sense() -> None:
             PromptLookup(count, max_ngram)
     with pytest.raises(ValueError, match="sometimes"):
         DraftModel(TextReader(WEIGHTS, CONFIG), 2, "sometimes")
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint with the words of the bundled model, but another one."""
+    return save_model(tmp_path_factory.mktemp("smaller"), vocab_size=FAIRYTALES.vocab_size)
+
+
+def save_model(folder: Path, vocab_size: int) -> str:
+    config = LlamaConfig(vocab_size, 16, 24, 1, 2, max_position_embeddings=512)
+    LlamaForCausalLM(config, seed=3).save_pretrained(folder)
+    return str(folder)
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
+    assert main(arguments) == 0
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("guesser", [["--prompt-lookup", "4"], ["--draft", "fairytales"], None])
+@pytest.mark.parametrize("hot", [[], ["--temp", "0.6", "--seed", "3"]])
+def test_the_command_shows_the_same_text_and_counts_the_guesses(
+    guesser: list[str] | None, hot: list[str], smaller: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guesser = ["--draft", smaller] if guesser is None else guesser
+    options = ["generate", "Go away, go away, go", "-n", "24", "--dtype", "float64", *hot]
+    plain, _ = command(capsys, *options)
+    text, notes = command(capsys, *options, *guesser)
+    assert text == plain
+    answer = json.loads(command(capsys, *options, *guesser, "--json")[0])
+    assert 0 <= answer["accepted_tokens"] <= answer["guessed_tokens"] > 0
+    counts = f"{answer['accepted_tokens']} of {answer['guessed_tokens']} guesses accepted"
+    assert counts in notes
+    if guesser[1] == "fairytales" and not hot:  # it knows exactly what it will say
+        assert answer["accepted_tokens"] == answer["guessed_tokens"]
+
+
+def test_a_saved_prompt_holds_no_guesses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["generate", "Go away, go away, go", "-n", "6", "--save-cache"]
+    plain, _ = command(capsys, *options, str(tmp_path / "plain"))
+    guess = ["--prompt-lookup", "4"]
+    text, _ = command(capsys, *options, str(tmp_path / "guessed"), *guess)
+    assert text == plain
+    assert (tmp_path / "guessed").read_bytes() == (tmp_path / "plain").read_bytes()
+    loaded, _ = command(capsys, *options[:4], "--load-cache", str(tmp_path / "plain"), *guess)
+    assert loaded == plain
+
+
+def test_a_chat_says_the_same_with_guesses_in_every_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for guess in ([], ["--prompt-lookup", "3"], ["--draft", "fairytales"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n and so\n/regen\n"))
+        text, notes = command(capsys, "chat", "-n", "16", "--dtype", "float64", *guess)
+        said.append(text)
+        assert ("guesses accepted" in notes) == bool(guess)
+    assert said[0] == said[1] == said[2]
+
+
+def test_an_answer_that_is_stopped_leaves_a_cache_that_can_be_gone_on_from() -> None:
+    def talk(draft: Draft | None) -> list[str]:
+        chat = Chat(FAIRYTALES, TALES, TOKENIZER, max_tokens=12, draft=draft)
+        answer = chat.answer("Once upon a time")
+        for _ in range(5):
+            next(answer)
+        answer.close()  # type: ignore[attr-defined]
+        return ["".join(t.text for t in chat.answer(" and then")), *map(str, chat.messages)]
+
+    plain = talk(None)
+    assert talk(PromptLookup(3)) == plain
+    assert talk(DraftModel(TextReader(TALES, FAIRYTALES))) == plain
+
+
+def test_what_cannot_be_guessed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_model(tmp_path / "other", vocab_size=50)
+    lines = tmp_path / "lines"
+    lines.write_text("a\nb\n", "utf-8")
+    cases = [
+        (["generate", "x", "--draft", other], "vocabulary of 50 tokens"),
+        (["chat", "--draft", other], "vocabulary of 50 tokens"),
+        (["generate", "x", "--draft", "no/such/folder"], "no/such/folder"),
+        (["generate", "--prompts", str(lines), "--prompt-lookup", "3"], "single prompt"),
+        (["generate", "--prompts", str(lines), "--draft", "fairytales"], "single prompt"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert message in output.err
+        assert output.err.count("\n") == 1
+    for usage in (["--prompt-lookup", "0"], ["--prompt-lookup", "3", "--draft", "fairytales"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["generate", "x", *usage])
