@@ -33,13 +33,16 @@ def test_every_text_gets_its_own_likelihood_in_any_batch(rows: list[list[int]]) 
         assert found.token_count == len(row) - 1
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(50, 200))
-def test_batches_hold_every_text_once_and_stay_within_the_limit(
-    lengths: list[int], limit: int
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(50, 200), st.integers(0, 60))
+def test_batches_hold_every_text_once_and_stay_within_the_limits(
+    lengths: list[int], limit: int, padding: int
 ) -> None:
-    found = list(batches(lengths, limit))
+    found = list(batches(lengths, limit, padding))
     assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= limit for batch in found)
+    for batch in found:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert padded <= limit
+        assert padded - sum(lengths[i] for i in batch) <= padding
 
 
 def test_perplexity_is_the_inverse_geometric_mean_of_the_probabilities() -> None:
