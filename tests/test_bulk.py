@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_bulk import Fit, errors, fit, share
 
 from llama_np import bulk
 from llama_np.bulk import GenerateTask, ScoreTask, resume, run
@@ -80,3 +81,20 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.strip() == "equal 40", done.stderr
+
+
+def test_the_fit_of_the_benchmark_finds_the_start_and_the_cost_per_line() -> None:
+    known = Fit(0.5, 0.004)
+    times = {case: known.predict(*case) for case in [(64, 1), (64, 2), (640, 1), (640, 2)]}
+    found = fit(times)
+    assert (found.start, found.per_line) == pytest.approx((0.5, 0.004))  # float64
+    assert errors(found, times) == pytest.approx([0.0] * 4, abs=1e-12)
+    assert errors(Fit(1.0, 0.008), times) == pytest.approx([1.0] * 4)  # twice the truth
+
+
+def test_the_benchmark_computes_with_whole_chunks_and_one_sender() -> None:
+    cases = [(10, 1), (320, 1), (320, 2), (320, 4), (320, 16)]
+    assert [share(*case) for case in cases] == [10, 320, 160, 96, 32]
+    known = Fit(0.5, 0.004, coordination=0.001)
+    assert known.predict(3200, 2) == pytest.approx(0.5 + 1600 * 0.004)
+    assert known.predict(3200, 50) == pytest.approx(0.5 + 3200 * 0.001)
