@@ -81,7 +81,8 @@ def attend(
     grouped = (q / math.sqrt(H)).reshape(B, K, G * T, H)  # (B, K, G*T, H)
     dots = matmul(grouped, k.swapaxes(2, 3))  # (B, K, G*T, S)
     scores = tap("self_attn.scores", dots.reshape(B, N, T, S))  # (B, N, T, S)
-    # The smallest number instead of -inf: rows that see nothing (padding) stay finite.
+    # The smallest number instead of -inf: rows that see nothing (padding) stay finite. Taking the
+    # lower of a score and its ceiling is a ninth of the work of a selection over all heads.
     lowest, highest = np.finfo(scores.dtype).min, scores.dtype.type(np.inf)
     ceiling = np.where(visible, highest, lowest)  # (B, 1, T, S)
     masked = np.fmin(scores, ceiling)  # (B, N, T, S)
