@@ -25,18 +25,18 @@ def can_pair(bits: np.ndarray) -> bool:
     return sys.byteorder == "little" and bits.flags.c_contiguous and bits.shape[-1] % 2 == 0
 
 
-def widen_even(pairs: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """The even columns of bfloat16 bits that were paired to uint32, as float32, in `scratch`.
+def widen_even(pairs: np.ndarray, out: np.ndarray) -> None:
+    """The even columns of bfloat16 bits that were paired to uint32, as bits of float32 (uint32).
 
     The even column is the lower half of its pair. One pass for half of the columns, where
     `widen_bf16` needs two for all: 25 ms instead of 27 for 135 million weights.
     """
-    return np.left_shift(pairs, SIXTEEN, out=scratch).view(np.float32)
+    np.left_shift(pairs, SIXTEEN, out=out)
 
 
-def widen_odd(pairs: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+def widen_odd(pairs: np.ndarray, out: np.ndarray) -> None:
     """The odd columns, which are the upper halves."""
-    return np.bitwise_and(pairs, UPPER_HALF, out=scratch).view(np.float32)
+    np.bitwise_and(pairs, UPPER_HALF, out=out)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
