@@ -8,6 +8,7 @@ case, where every guess is wrong, and for a checkpoint with prompt lookup.
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,21 +37,13 @@ class Wrong(Draft):
         return np.zeros(self.count, np.int64)
 
 
-def relative_speeds(
-    kind: type[Wrong] | type[PromptLookup],
-    ids: list[int],
-    tokens: int,
-    *args: object,
-    **options: object,
-) -> str:
-    """The speed with every number of guesses, relative to none."""
+def relative_speeds(tell: Callable[[Draft | None], object], draft: Callable[[int], Draft]) -> str:
+    """How fast a text is told with every number of guesses, relative to none."""
     spent: dict[int, list[float]] = {count: [] for count in GUESSES}
     for _ in range(ROUNDS):
         for count in GUESSES:
-            draft = kind(count) if count else None
             start = time.perf_counter()
-            for _ in stream([ids], *args, max_new_tokens=tokens, draft=draft, **options):  # type: ignore[arg-type]
-                pass
+            tell(draft(count) if count else None)
             spent[count].append(time.perf_counter() - start)
     median = {count: statistics.median(seconds[1:]) for count, seconds in spent.items()}
     return ", ".join(f"{n} guesses {median[0] / median[n]:.2f}x" for n in GUESSES if n)
@@ -58,16 +51,29 @@ def relative_speeds(
 
 def main(model: str = "fairytales", dtype: str = "float32") -> None:
     """Measure every number of guesses."""
-    config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
+    is_random = model in SHAPES
+    config, weights = random_model(model, dtype) if is_random else load(model, dtype)
     with share_products(weights):
-        ids = [1, 2, 3, 4]
-        print("wrong guesses:", relative_speeds(Wrong, ids, 24, weights, config, stop_ids=[]))
-        if model in SHAPES:
+
+        def any_text(draft: Draft | None) -> object:
+            ids = [[1, 2, 3, 4]]
+            return list(stream(ids, weights, config, max_new_tokens=24, stop_ids=[], draft=draft))
+
+        print("wrong guesses:", relative_speeds(any_text, Wrong))
+        if is_random:
             return
-        ids = load_tokenizer(model).encode(PROMPT)
+        prompt = load_tokenizer(model).encode(PROMPT)
         for name, sampling in SAMPLINGS.items():
-            speeds = relative_speeds(PromptLookup, ids, 150, weights, config, sampling=sampling)
-            print(f"prompt lookup, {name}: {speeds}")
+
+            def tale(draft: Draft | None, sampling: Sampling = sampling) -> object:
+                ids, most = [prompt], 150
+                return list(
+                    stream(
+                        ids, weights, config, max_new_tokens=most, sampling=sampling, draft=draft
+                    )
+                )
+
+            print(f"prompt lookup, {name}: {relative_speeds(tale, PromptLookup)}")
 
 
 if __name__ == "__main__":
