@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_np import linear as module
 from llama_np.linear import (
     FEW,
     linear,
@@ -12,11 +13,12 @@ from llama_np.linear import (
     strategy,
     times,
     times_bf16,
+    times_bf16_one,
     times_few,
     times_one,
     times_padded,
 )
-from llama_np.precision import to_bf16, widen_bf16
+from llama_np.precision import can_pair, to_bf16, widen_bf16
 
 SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
 
@@ -49,16 +51,26 @@ def test_stacks_of_matrices_are_multiplied_one_by_one(
     np.testing.assert_allclose(matmul(stack, other)[-1], times(rows, weight), atol=1e-13)
 
 
-@given(SIZES)
-def test_weights_at_rest_equal_their_widened_selves(sizes: tuple[int, int, int]) -> None:
+@given(SIZES, st.sampled_from([1, 100, 1 << 20]))
+def test_weights_at_rest_equal_their_widened_selves(
+    sizes: tuple[int, int, int], block: int
+) -> None:
     rows, weight = arrays(*sizes, np.float32)
     bits = to_bf16(weight)
     wide = widen_bf16(bits).astype(np.float64)
     expected = rows.astype(np.float64) @ wide.T
     # float32: 40 products of order 1, each rounded to 6e-8 of the sum of their magnitudes
-    np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
-    exact = times_bf16(rows.astype(np.float64), bits)
-    np.testing.assert_allclose(exact, expected, atol=1e-13)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BF16_BLOCK", block)
+        patch.setattr(module, "BF16_BLOCK_ONE", block)
+        np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
+        exact = times_bf16(rows.astype(np.float64), bits)
+        np.testing.assert_allclose(exact, expected, atol=1e-13)
+        for row, product in zip(rows if can_pair(bits) else [], expected, strict=False):
+            one = times_bf16_one(row[None], bits)
+            np.testing.assert_allclose(one, product[None], atol=1e-4)
+            exact = times_bf16_one(row[None].astype(np.float64), bits)
+            np.testing.assert_allclose(exact, product[None], atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -90,4 +102,7 @@ def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> Non
     assert [strategy(M, weight) for M in (0, 1, 8, 128)] == [times] * 4
     assert {strategy(M, weight) for M in FEW} == {times_few}
     assert {strategy(M, weight) for M in (4, 7, 9, 127)} == {times_padded}
-    assert strategy(1, to_bf16(weight)) is times_bf16
+    bits = to_bf16(weight)
+    assert strategy(1, bits) is times_bf16_one
+    assert [strategy(M, bits) for M in (0, 2, 3, 8)] == [times_bf16] * 4
+    assert strategy(1, bits[:, :3]) is times_bf16  # rows that are no whole pairs
