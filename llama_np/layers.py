@@ -17,6 +17,7 @@ from llama_np.cache import Store
 from llama_np.config import Config
 from llama_np.linear import linear, matmul
 from llama_np.precision import widen
+from llama_np.query_blocks import in_query_blocks
 from llama_np.tap import NO_TAP, Tap
 
 Weights = Mapping[str, np.ndarray]
@@ -67,6 +68,7 @@ def merge_heads(x: np.ndarray) -> np.ndarray:
     return x.swapaxes(1, 2).reshape(B, T, N * H)  # (B, T, N*H)
 
 
+@in_query_blocks
 def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, tap: Tap = NO_TAP
 ) -> np.ndarray:

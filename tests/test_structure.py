@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # knowing only what stands above it.
 LEVELS = [
     "activations errors hf_outputs hf_streamers memory precision tap terminal threads",
-    "files hf_encoding hub linear",
+    "files hf_encoding hub linear query_blocks",
     "config tokenizer weights workers",
     "cache chat_template gguf_file rope sentencepiece_model show torch_pickle",
     "gguf_model layers llama2c speculate",
