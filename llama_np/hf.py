@@ -207,7 +207,7 @@ class LlamaForCausalLM(_WithHead):
         rng: a generator or a seed for do_sample. Custom logits processors are functions
         (ids, scores) -> scores; stopping criteria functions (ids, scores) -> bool, or one per row.
         assistant_model (a smaller LlamaForCausalLM) or prompt_lookup_num_tokens: faster, with
-        the output of greedy decoding. Beyond the trained context there is one UserWarning.
+        the same output. Beyond the trained context there is one UserWarning.
         Errors: ValueError, NotImplementedError (an option that is not there), IndexError,
         FloatingPointError (NaN logits).
         """

@@ -283,7 +283,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _speculate(run: Run, scores: np.ndarray, draft: Draft) -> None:
-    """Check several guessed tokens in one pass; what is written is what greedy decoding writes."""
+    """Check several guessed tokens in one pass; what is written is what is written without."""
     ahead = Speculation(run.session, draft, run.session.model.config.core())
     run.write(scores)
     while not run.finished():
@@ -449,8 +449,8 @@ def _draft(model: Any, assistant: Any, run: Run, given: Mapping[str, Any]) -> Dr
     options = run.options
     if assistant is None and options.prompt_lookup_num_tokens is None:
         return None
-    if options.num_beams > 1 or options.do_sample or options.guidance_scale not in (None, 1):
-        raise NotImplementedError("speculation is plainly greedy: do_sample=False and num_beams=1")
+    if options.num_beams > 1 or options.contrasts() or options.guidance_scale not in (None, 1):
+        raise NotImplementedError("no speculation with beams, contrastive search or guidance_scale")
     if len(run.ids) > 1:
         raise ValueError("assisted generate is only supported for batch_size = 1")
     if run.session.cache is None:

@@ -379,7 +379,12 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
         ({"num_beams": 5, "num_beam_groups": 2, "diversity_penalty": 1.0}, ValueError),
         ({"num_beams": 4, "diversity_penalty": 1.0}, ValueError),
         ({"prompt_lookup_num_tokens": 2}, ValueError),  # several rows
-        ({"prompt_lookup_num_tokens": 2, "do_sample": True}, NotImplementedError),
+        ({"prompt_lookup_num_tokens": 2, "num_beams": 2}, NotImplementedError),
+        ({"prompt_lookup_num_tokens": 2, "guidance_scale": 1.5}, NotImplementedError),
+        (
+            {"prompt_lookup_num_tokens": 2, "penalty_alpha": 0.5, "top_k": 4},
+            NotImplementedError,
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -574,6 +579,8 @@ def test_groups_of_beams_avoid_each_others_tokens() -> None:
             "min_new_tokens": st.just(4),
             "num_assistant_tokens": st.sampled_from([1, 4]),
             "num_assistant_tokens_schedule": st.just("constant"),
+            "do_sample": st.booleans(),
+            "top_k": st.just(9),
         },
     ),
     pads=st.integers(0, 2),
@@ -584,13 +591,13 @@ def test_speculation_never_changes_the_text(
     model, text = tiny(), np.tile(prompts(1, 4, seed), 2)
     mask = np.ones_like(text)
     mask[:, :pads] = 0
-    expected = model.generate(text, attention_mask=mask, **options)
+    expected = model.generate(text, attention_mask=mask, rng=seed, **options)
     guesser: dict[str, Any] = {"prompt_lookup_num_tokens": draft}
     if isinstance(draft, str):
         assistant = model if draft == "same" else tiny(seed=9, layers=1)
         guesser = {"assistant_model": assistant}
     out = model.generate(
-        text, attention_mask=mask, return_dict_in_generate=True, output_scores=True,
+        text, attention_mask=mask, return_dict_in_generate=True, output_scores=True, rng=seed,
         **options, **guesser,
     )  # fmt: skip
     np.testing.assert_array_equal(out.sequences, expected)
