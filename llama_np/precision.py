@@ -6,37 +6,24 @@ import sys
 
 import numpy as np
 
-SIXTEEN, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 PIECE = 1 << 14  # numbers that are rounded at a time: the intermediate results stay in the cache
 
 
-def widen_bf16(bits: np.ndarray) -> np.ndarray:
+def widen_bf16(bits: np.ndarray, halves: np.ndarray | None = None) -> np.ndarray:
     """Turn bfloat16 bits (uint16) into the float32 numbers that they stand for, exactly.
 
-    A bfloat16 is the upper half of a float32: same sign, same exponent, 7 bits of fraction.
+    halves: memory to write them to, 2 * size + 2 of uint16.
+    A bfloat16 is the upper half of a float32: same sign, same exponent, 7 bits of fraction. As a
+    uint32 it is the lower half. So numbers are converted to uint32 in place of the float32, but
+    two bytes beside it: every upper half receives its bits and every lower half zeros. For 135
+    million numbers that takes 12 ms, where a conversion and a shift by 16 take 19.
     """
-    wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32)
-
-
-def can_pair(bits: np.ndarray) -> bool:
-    """Whether two neighbouring bfloat16 of a row can be read as one 32-bit integer."""
-    return sys.byteorder == "little" and bits.flags.c_contiguous and bits.shape[-1] % 2 == 0
-
-
-def widen_even(pairs: np.ndarray, out: np.ndarray) -> None:
-    """The even columns of bfloat16 bits that were paired to uint32, as bits of float32 (uint32).
-
-    The even column is the lower half of its pair. One pass for half of the columns, where
-    `widen_bf16` needs two for all: 25 ms instead of 27 for 135 million weights.
-    """
-    np.left_shift(pairs, SIXTEEN, out=out)
-
-
-def widen_odd(pairs: np.ndarray, out: np.ndarray) -> None:
-    """The odd columns, which are the upper halves."""
-    np.bitwise_and(pairs, UPPER_HALF, out=out)
+    if halves is None:
+        halves = np.empty(2 * bits.size + 2, np.uint16)
+    halves[0] = halves[-1] = 0  # the lower half that no conversion reaches, at one end
+    halves[1:-1].view(np.uint32).reshape(bits.shape)[...] = bits
+    numbers = halves[:-2] if sys.byteorder == "little" else halves[2:]
+    return numbers.view(np.float32).reshape(bits.shape)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from llama_np.linear import (
     linear,
     times,
     times_bf16,
-    times_bf16_one,
     times_few,
     times_padded,
 )
@@ -64,8 +63,6 @@ def main() -> None:
     for M in ROWS:
         inputs = {D: random.standard_normal((M, D), np.float32) for D in (576, 1536)}
         cases: Cases = {"plain": (times, weights), "bf16": (times_bf16, bits)}
-        if M == 1:
-            cases["bf16 one"] = (times_bf16_one, bits)
         if M in FEW or M < TILE:
             cases["few"] = (times_few, weights)
         if M % TILE:

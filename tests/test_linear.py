@@ -13,12 +13,11 @@ from llama_np.linear import (
     strategy,
     times,
     times_bf16,
-    times_bf16_one,
     times_few,
     times_one,
     times_padded,
 )
-from llama_np.precision import can_pair, to_bf16, widen_bf16
+from llama_np.precision import to_bf16, widen_bf16
 
 SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
 
@@ -62,15 +61,9 @@ def test_weights_at_rest_equal_their_widened_selves(
     # float32: 40 products of order 1, each rounded to 6e-8 of the sum of their magnitudes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BF16_BLOCK", block)
-        patch.setattr(module, "BF16_BLOCK_ONE", block)
         np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
         exact = times_bf16(rows.astype(np.float64), bits)
         np.testing.assert_allclose(exact, expected, atol=1e-13)
-        for row, product in zip(rows if can_pair(bits) else [], expected, strict=False):
-            one = times_bf16_one(row[None], bits)
-            np.testing.assert_allclose(one, product[None], atol=1e-4)
-            exact = times_bf16_one(row[None].astype(np.float64), bits)
-            np.testing.assert_allclose(exact, product[None], atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -103,6 +96,4 @@ def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> Non
     assert {strategy(M, weight) for M in FEW} == {times_few}
     assert {strategy(M, weight) for M in (4, 7, 9, 127)} == {times_padded}
     bits = to_bf16(weight)
-    assert strategy(1, bits) is times_bf16_one
-    assert [strategy(M, bits) for M in (0, 2, 3, 8)] == [times_bf16] * 4
-    assert strategy(1, bits[:, :3]) is times_bf16  # rows that are no whole pairs
+    assert [strategy(M, bits) for M in (0, 1, 2, 8)] == [times_bf16] * 4

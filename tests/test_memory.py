@@ -1,10 +1,14 @@
-"""Memory that NumPy frees is kept for the next arrays."""
+"""Memory that NumPy frees is kept for the next arrays; scratch is handed out in turn."""
 
 import platform
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
+
+from llama_np.memory import CACHE_LINE, Scratch
 
 COUNT_FAULTS = """
 import resource
@@ -33,3 +37,26 @@ def page_faults(first: str) -> int:
 def test_temporary_arrays_cause_few_page_faults() -> None:
     kept, plain = page_faults("import llama_np"), page_faults("")
     assert kept < plain / 10  # 20 * 8 MiB are 40,960 pages when each is given back
+
+
+def test_scratch_is_handed_out_in_turn() -> None:
+    scratch = Scratch(4 * CACHE_LINE)
+    pieces = [scratch.take(CACHE_LINE + 1) for _ in range(3)]
+    assert [len(piece) for piece in pieces] == [CACHE_LINE + 1] * 3
+    assert not np.shares_memory(pieces[0], pieces[1])
+    assert np.shares_memory(pieces[0], pieces[2])  # the end was reached
+
+
+def test_scratch_grows_for_a_piece_larger_than_all_of_it() -> None:
+    scratch = Scratch(CACHE_LINE)
+    assert len(scratch.take(5 * CACHE_LINE)) == 5 * CACHE_LINE
+    assert len(scratch.take(1)) == 1
+
+
+def test_every_thread_has_scratch_of_its_own() -> None:
+    scratch = Scratch(CACHE_LINE)
+    mine, others = scratch.take(CACHE_LINE), []
+    thread = threading.Thread(target=lambda: others.append(scratch.take(CACHE_LINE)))
+    thread.start()
+    thread.join()
+    assert len(others) == 1 and not np.shares_memory(mine, others[0])

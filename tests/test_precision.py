@@ -210,9 +210,6 @@ FUNCTIONS: dict[str, Case] = {
     "linear.matmul": lambda array, w: linear.matmul(array(B, T, D), array(B, D, H)),
     "linear.times": product(linear.times),
     "linear.times_bf16": lambda array, w: linear.times_bf16(array(T, D), to_bf16(array(9, D))),
-    "linear.times_bf16_one": lambda array, w: linear.times_bf16_one(
-        array(1, D), to_bf16(array(9, D))
-    ),
     "linear.times_few": product(linear.times_few),
     "linear.times_one": lambda array, w: linear.times_one(array(1, D), w["lm_head.weight"]),
     "linear.times_padded": product(linear.times_padded),
