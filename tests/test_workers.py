@@ -83,9 +83,9 @@ def test_the_workers_really_take_part(weights: dict[str, np.ndarray]) -> None:
         expected = linear.linear(rows, weight)
         number = pair.number[id(weight)]
         share = pair.workers[0].share[number]
-        board = pair.board.result(share, rows)
-        np.testing.assert_array_equal(board, expected[:, share])
-        assert board.any() and share == slice(65, 130)
+        _, board = pair.board.arrays(number, 1, 4)
+        np.testing.assert_array_equal(board, expected)
+        assert board[:, share].any() and share == slice(65, 130)
 
 
 def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> None:
