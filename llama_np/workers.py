@@ -18,12 +18,20 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from llama_np.linear import SHARED, Product, strategy, times_few, times_one
+from llama_np.linear import (
+    SHARED,
+    Product,
+    float_strategy,
+    strategy,
+    times_bf16,
+    times_few,
+    times_one,
+)
 from llama_np.precision import is_bf16
 from llama_np.threads import blas_threads, cores, set_blas_threads
 
@@ -140,7 +148,7 @@ class Team:
         for worker in self.workers:
             worker.go.release()
         part = self.my_parts[number]
-        product[:, self.my_share[number]] = _local(len(rows), part)(rows, part)
+        product[:, self.my_share[number]] = _local(len(rows), is_bf16(part))(rows, part)
         for worker in self.workers:
             while not _taken(worker.done):
                 if not worker.process.is_alive():
@@ -176,15 +184,18 @@ class _Worker:
                 number, M, itemsize = board.job
                 rows, product = board.arrays(number, M, itemsize)
                 part = parts[number]
-                product[:, self.share[number]] = _local(M, part)(rows, part)
+                product[:, self.share[number]] = _local(M, is_bf16(part))(rows, part)
                 self.done.release()
 
 
-def _local(row_count: int, weight: np.ndarray) -> Product:
+@cache
+def _local(row_count: int, bf16: bool) -> Product:
     """The fastest product for one process whose BLAS has one thread."""
-    if is_bf16(weight):
-        return strategy(row_count, weight)
-    return times_one if row_count == 1 else times_few
+    if bf16:
+        return partial(times_bf16, times_wide=_local(row_count, False))
+    if row_count in FLOAT_ROWS:
+        return times_one if row_count == 1 else times_few
+    return float_strategy(row_count)
 
 
 def _share(weight: np.ndarray, number: int, processes: int) -> slice:

@@ -221,6 +221,7 @@ FUNCTIONS: dict[str, Case] = {
 }
 # Functions of whole numbers, truth values and Python floats, tested below or elsewhere.
 NOT_ABOUT_FLOATS = {
+    "linear.float_strategy",
     "linear.strategy",
     "model.causal",
     "model.check_tokens",
