@@ -40,7 +40,7 @@ FLOAT_ROWS = range(1, 6)
 MOST_ROWS = BF16_ROWS[-1]
 MOST_PROCESSES = 4
 FEWEST_WEIGHTS = 1 << 16  # a smaller product takes less time than sharing it
-FEWEST_BYTES = 1 << 25  # of all weights; fewer are read so fast that sharing does not pay
+FEWEST_BYTES = 1 << 26  # of all weights; fewer are read so fast that sharing does not pay
 ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
