@@ -67,7 +67,7 @@ def times_one(row: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The product for one row, as one dot product after the other: (1, in), (out, in) -> (1, out).
 
     On one core it reads weights 15 % faster than the matrix-vector product, which is better only
-    with two threads. Worker processes use it.
+    with two threads. `times_bf16` and worker processes use it.
     """
     return np.vecdot(row, weight)[None]
 
