@@ -48,7 +48,7 @@ def strategy(row_count: int, weight: np.ndarray) -> Product:
 
 
 def float_strategy(row_count: int) -> Product:
-    """The product that is fastest for so many rows, with all threads of BLAS."""
+    """The product that is fastest for so many rows and weights that need no widening."""
     if row_count in FEW:
         return times_few
     return times if row_count < TILE // 2 or row_count % TILE == 0 else times_padded
