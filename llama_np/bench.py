@@ -136,16 +136,23 @@ def _arrays(value: Any) -> list[np.ndarray]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
-def prefill_operations(weights: ModelWeights, tokens: int) -> int:
-    """Multiplications and additions of the products: the head only sees the last token."""
+def prefill_operations(config: Config, weights: ModelWeights, tokens: int) -> int:
+    """Multiplications and additions of the products that a prompt needs.
+
+    In attention a token's query meets the keys and values up to its own; the head only sees the
+    last token.
+    """
     layers = sum(
         array.size
         for name, value in weights.items()
         if name.startswith("model.layers.")
         for array in _arrays(value)
     )
+    seen = tokens * (tokens + 1) // 2  # pairs of a query and a key
+    width = config.num_attention_heads * config.head_dim
+    attention = config.num_hidden_layers * 2 * seen * width
     head: int = weights["lm_head.weight"].size
-    return 2 * (layers * tokens + head)
+    return 2 * (layers * tokens + attention + head)
 
 
 def measure(
@@ -162,7 +169,7 @@ def measure(
     for length in prompts:
         rows = random.integers(0, config.vocab_size, (1, length)).tolist()
         spent = seconds(partial(_prefill, rows, config, weights), 3)
-        flops = prefill_operations(weights, length) / spent
+        flops = prefill_operations(config, weights, length) / spent
         found.append(
             Measurement("prefill", 1, length, length / spent, flops / ceilings.flops_per_second)
         )

@@ -953,6 +953,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--machine", default="one machine", help="how the card names it")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--language-model",
+        type=Path,
+        metavar="FILE",
+        help="keep the trained language model here; where the file is there, go on from it",
+    )
     args = parser.parse_args()
     recipe = changed(Recipe(), args.set)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -964,7 +970,14 @@ def main() -> None:
     model = Llama(recipe).to(args.device)
     validation = [[*encode(tokenizer, s.text), EOS] for s in parts[1]]
     weights = args.output / "model.safetensors"
-    log = train(model, tokenizer, parts[0], validation, weights)
+    if args.language_model and args.language_model.exists():
+        state, log = torch.load(args.language_model, weights_only=False)
+        model.load_state_dict(state)
+    else:
+        log = train(model, tokenizer, parts[0], validation, weights)
+        if args.language_model:
+            torch.save((model.state_dict(), log), args.language_model)
+    torch.manual_seed(recipe.seed)  # what follows is the same whether trained now or read
     round_weights(model)  # the best epoch's file could be loaded here just as well
     before = repeated_share(model, tokenizer, parts[1])
     unlearn_repeats(model, tokenizer, parts[0])

@@ -27,11 +27,14 @@ def test_a_step_reads_every_weight_once_and_a_tied_table_as_the_head() -> None:
     assert weight_bytes(weights) == 4 * read
 
 
-def test_prefill_multiplies_every_token_with_the_layers_and_the_last_one_with_the_head() -> None:
+def test_a_prompt_needs_the_layers_per_token_attention_per_pair_and_the_head_once() -> None:
     config, weights = load("fairytales")
     sizes = {name: int(np.prod(s)) for name, s in expected_shapes(config).items()}
     layers = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
-    assert prefill_operations(weights, 5) == 2 * (5 * layers + sizes["lm_head.weight"])
+    pairs = 1 + 2 + 3 + 4 + 5  # a token attends to itself and to those before
+    attention = config.num_hidden_layers * pairs * 2 * config.num_attention_heads * config.head_dim
+    expected = 2 * (5 * layers + attention + sizes["lm_head.weight"])
+    assert prefill_operations(config, weights, 5) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
