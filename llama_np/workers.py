@@ -45,9 +45,6 @@ ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
 
-os.register_at_fork(after_in_child=SHARED.clear)  # workers take jobs from their own parent only
-
-
 @contextmanager
 def share_products(weights: Mapping[str, Any], processes: int | None = None) -> Iterator[int]:
     """Let `processes` processes, this one included, share the products with these weights.
@@ -91,6 +88,7 @@ class Team:
         self.weights = weights
         self.number = {id(weight): number for number, weight in enumerate(weights)}
         self.threads, self.limited = threads, False
+        self.owner = os.getpid()
         self.board = _Board(weights)
         self.one_at_a_time = threading.Lock()
         self.my_share, *others = [
@@ -111,8 +109,13 @@ class Team:
         self._limit_blas(False)
 
     def strategy(self, row_count: int, weight: np.ndarray) -> Product | None:
-        """The product of all processes; None when it does not pay for so many rows."""
+        """The product of all processes; None when it does not pay for so many rows.
+
+        None also in a process that somebody else has forked from this one: it would take the
+        workers' answers to this one.
+        """
         pays = row_count in (BF16_ROWS if is_bf16(weight) else FLOAT_ROWS)
+        pays = pays and os.getpid() == self.owner
         self._limit_blas(pays)
         return self.times if pays else None
 
