@@ -84,15 +84,15 @@ def atomic_file(path: PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.partial")
     with _named_after(path):
         opened = temporary.open("xb")
-    with opened as file:
-        try:
+    try:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        os.replace(temporary, target)  # after closing: Windows does not rename an open file
+    except BaseException:
+        os.unlink(temporary)
+        raise
     sync_folder(target.parent)
 
 
