@@ -221,7 +221,8 @@ def bench(
     first = time.perf_counter() - start
     with share_products(weights, processes) as used:
         found = measure(config, weights, batches, prompts, context, ceilings)
-        peak = peak_memory() + sum(map(private_memory, active_children()))
+        own = peak_memory()
+        peak = None if own is None else own + sum(map(private_memory, active_children()))
     report: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -255,10 +256,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """The most memory that this process has occupied so far, in bytes."""
-    import resource  # POSIX only
-
+def peak_memory() -> int | None:
+    """The most memory that this process has occupied so far, in bytes; None on Windows."""
+    try:
+        import resource  # POSIX only
+    except ModuleNotFoundError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -336,13 +339,14 @@ def table(report: dict[str, Any]) -> str:
     limits = report["ceilings"]
     name = report["machine"]
     bandwidth, flops = limits["bytes_per_second"] / 1e9, limits["flops_per_second"] / 1e9
-    first, peak = report["first_token_seconds"] * 1e3, report["peak_memory_bytes"] / 1e6
+    first, peak = report["first_token_seconds"] * 1e3, report["peak_memory_bytes"]
+    memory = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
     where = f"{name['processor']}, {name['cores']} cores, NumPy {name['numpy']}"
     where += f", {report['processes']} processes" if report["processes"] > 1 else ""
     lines = [
         f"{report['model']} {report['dtype']} on {where}",
         f"limits: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s",
-        f"first token {first:.0f} ms; peak memory {peak:.0f} MB",
+        f"first token {first:.0f} ms; peak memory {memory}",
         "",
     ]
     peer = {
