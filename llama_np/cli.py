@@ -7,6 +7,7 @@ standard error. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from llama_np.terminal import Progress, note, visible, write
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _speak_utf8()
     args = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
@@ -40,6 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         note(f"llama-np: error: {one_line(problem)}")
         return 1
+
+
+def _speak_utf8() -> None:
+    """Pipes and files carry exact UTF-8 text on every system; Windows would use a code page.
+
+    A terminal keeps its encoding, and shows escapes for what that lacks.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout.isatty():
+            sys.stdout.reconfigure(errors="backslashreplace")
+        else:
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
 
 
 def one_line(problem: BaseException) -> str:
