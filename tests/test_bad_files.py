@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from systems import LINUX, POSIX
 from test_checkpoint import SIZES, random_tensors, write_checkpoint, write_shards
 from test_llama2c import legacy_file, random_model, version_1_file, version_2_file, write_tokenizer
 from torch_files import torch_file
@@ -102,6 +103,7 @@ except PermissionError as problem:
 """
 
 
+@POSIX
 def test_row_1_a_file_that_must_not_be_read(tmp_path: Path) -> None:
     os.chmod(tmp_path.parent, 0o755)  # so that another user gets as far as the file
     os.chmod(tmp_path.parent.parent, 0o755)
@@ -113,6 +115,7 @@ def test_row_1_a_file_that_must_not_be_read(tmp_path: Path) -> None:
     assert result.stdout.startswith("PermissionError"), result.stderr
 
 
+@POSIX
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "x.gguf", "x.bin"])
 def test_row_2_pipes_and_devices_are_never_opened(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path / "m")
@@ -368,6 +371,7 @@ except OSError as problem:
 """
 
 
+@POSIX
 @pytest.mark.parametrize("to", ["hf", "meta", "llama2c"])
 def test_row_27_a_full_disk_leaves_the_old_output(tmp_path: Path, to: str) -> None:
     sizes: dict[str, Any] = {"head_dim": 4, "rms_norm_eps": 1e-5}
@@ -396,6 +400,7 @@ except PermissionError as problem:
 """
 
 
+@POSIX
 def test_row_27_a_folder_that_must_not_be_written(tmp_path: Path) -> None:
     for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
         os.chmod(folder, 0o755)
@@ -571,6 +576,7 @@ print(peak() - before)
 """
 
 
+@LINUX
 @pytest.mark.parametrize(
     "source, to, dtype",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from bench_bulk import Fit, errors, fit, share
+from systems import POSIX
 
 from llama_np import bulk
 from llama_np.bulk import GenerateTask, ScoreTask, resume, run
@@ -74,6 +75,7 @@ if __name__ == "__main__":
 """
 
 
+@POSIX
 def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     script = tmp_path / "cluster.py"
     script.write_text(CLUSTER, encoding="utf-8")

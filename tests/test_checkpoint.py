@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from systems import POSIX
 
 from llama_np import hidden_states, load, load_tokenizer, logits
 from llama_np.checkpoint import (
@@ -133,6 +134,7 @@ def test_shards_load_as_one_file(tmp_path: Path) -> None:
     assert np.array_equal(run(whole), run(parts))
 
 
+@POSIX
 def test_symbolic_links_as_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     tensors = random_tensors()
     parts = write_shards(tmp_path / "parts", tensors)

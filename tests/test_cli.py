@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from systems import POSIX
 
 from llama_np import classify, load, load_tokenizer
 from llama_np.cli import main
@@ -153,6 +154,7 @@ def test_an_error_is_one_line_and_exit_code_1(arguments: list[str], message: str
     assert done.stderr.count("\n") == 1
 
 
+@POSIX
 @pytest.mark.parametrize("arguments", [[], ["sing"], ["generate", "--no-such-option"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     run(*arguments, code=2)
@@ -173,6 +175,7 @@ def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
     assert b"Traceback" not in err
 
 
+@POSIX
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     shell = f"{sys.executable} -m llama_np generate A -n 50 | head -c 1"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
@@ -192,7 +195,7 @@ def test_a_terminal_never_gets_control_characters() -> None:
     assert visible("स्ते 👩\u200d🚀 é") == "स्ते 👩\u200d🚀 é"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals exist on POSIX only")
+@POSIX
 def test_on_a_terminal_the_prompt_is_echoed_and_the_text_follows() -> None:
     import pty
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from systems import POSIX
 
 from llama_np import load
 from llama_np.checkpoint import locate
@@ -218,6 +219,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
     assert caught.value.name == "huggingface_hub"
 
 
+@POSIX
 def test_a_folder_of_that_name_is_preferred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from systems import POSIX
 from tokenizers_for_tests import LLAMA3_SPECIAL, byte_level_json, train_sentencepiece, write_folder
 
 from llama_np.errors import TokenizerError
@@ -384,6 +385,7 @@ def test_what_is_not_there_or_not_a_file_is_an_os_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@POSIX
 def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.model")
     with pytest.raises(TokenizerError, match="not a regular file"):

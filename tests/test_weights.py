@@ -24,6 +24,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
+from systems import LINUX, POSIX
 
 from llama_np.errors import CheckpointError
 from llama_np.weights import (
@@ -42,7 +43,6 @@ QUICK = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-LINUX = pytest.mark.skipif("not sys.platform.startswith('linux')", reason="reads /proc")
 
 
 def deserialize(content: bytes) -> Any:
@@ -332,6 +332,7 @@ def test_what_cannot_be_stored_is_told_before_anything_is_written(tmp_path: Path
         assert not any(tmp_path.iterdir())
 
 
+@POSIX
 def test_existing_files_links_pipes_and_modes(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     old = os.umask(0o027)
@@ -391,6 +392,7 @@ except OSError as problem:
 """
 
 
+@POSIX
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_tensors(path, {"x": np.ones(2)})
@@ -411,6 +413,7 @@ save_tensors(sys.argv[1], {"x": np.ones(100_000), "y": Stored("F32", slow, (3,))
 """
 
 
+@POSIX
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_tensors(path, {"x": np.ones(2)})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import LINUX
 
 from llama_np import KVCache, generate, linear, load, logits, threads, workers
 from llama_np.linear import SHARED
@@ -21,6 +22,8 @@ from llama_np.model import hidden_states
 from llama_np.precision import to_bf16
 from llama_np.threads import blas_threads
 from llama_np.workers import MOST_ROWS, Team, share_products
+
+pytestmark = LINUX  # elsewhere no process is forked
 
 SHAPES = ((67, 40), (3, 41), (130, 64))  # (out, in): odd ones too
 KINDS = ("float32", "float64", "bfloat16")
