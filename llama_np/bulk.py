@@ -136,7 +136,7 @@ def resume(path: str | os.PathLike[str], lines: Sequence[str]) -> int:
         return 0
     content = target.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    answered = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    answered = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
     for number, (answer, line) in enumerate(zip(answered, lines, strict=False)):
         if answered_line(answer) != line:
             raise ValueError(f"{str(path)!r} answers another line {number + 1}: use a new file")

@@ -43,6 +43,13 @@ def test_an_interrupted_file_is_completed_and_a_torn_line_is_done_again(tmp_path
         assert a["log_likelihood"] == pytest.approx(b["log_likelihood"], rel=1e-5)  # float32
 
 
+def test_separators_of_lines_inside_an_answer_end_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "answers"
+    lines = ["one\u2028line", "another\x85line"]
+    bulk.append(file, [{"prompt": line, "text": f"\x0b{line}\x1e"} for line in lines])
+    assert resume(file, lines) == 2
+
+
 def test_a_file_with_other_answers_is_not_continued(tmp_path: Path) -> None:
     file = tmp_path / "answers"
     bulk.append(file, ScoreTask("fairytales")(0, ["another line"]))
