@@ -94,39 +94,90 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that generates text."""
-    add_model_options(parser)
+    add_loading_options(parser)
     add_sampling_options(parser)
     add_draft_options(parser)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that loads a model."""
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that loads a model itself."""
+    add_model_options(parser)
+    add_thread_option(parser)
     parser.add_argument(
-        "-m", "--model", default="fairytales", help="checkpoint (default: the bundled fairytales)"
+        "--no-mmap",
+        action="store_true",
+        help="read the weights into memory, not from a mapped file",
     )
-    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
-    parser.add_argument("-t", "--threads", type=_positive, help="cores to use for matrix products")
-    parser.add_argument("--no-mmap", action="store_true", help="read the weights into memory")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that is about a model."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        default="fairytales",
+        help="folder, file or owner/name on the hub (default: the bundled fairytales)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16"],
+        default="float32",
+        help="of the weights in memory; bfloat16 computes in float32 (default: %(default)s)",
+    )
+
+
+def add_thread_option(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that multiplies matrices."""
+    parser.add_argument(
+        "-t", "--threads", type=_positive, help="cores to use for matrix products (default: all)"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how tokens are chosen."""
-    parser.add_argument("-n", "--max-tokens", type=int, default=256)
-    parser.add_argument("--temp", "--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repeat-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, help="drawn and reported when left out")
+    add = parser.add_argument
+    add("-n", "--max-tokens", type=int, default=256, help="at most so many (default: %(default)s)")
+    add(
+        "--temp",
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="how adventurous the choice of tokens is; 0 takes the likeliest (default: 0)",
+    )
+    add("--top-k", type=int, default=0, help="draw from the K likeliest (default: 0, from all)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest that together have this probability (default: 1, all)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="draw from those at least this times as likely as the likeliest (default: 0, all)",
+    )
+    add(
+        "--repeat-penalty",
+        type=float,
+        default=1.0,
+        help="above 1 makes tokens that stand in the text less likely (default: 1)",
+    )
+    add("--seed", type=int, help="of the random choice (default: drawn and reported)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Options that guess tokens, to be checked several at once."""
     guess = parser.add_mutually_exclusive_group()
     guess.add_argument(
-        "--prompt-lookup", type=_positive, metavar="N", help="guess N tokens from the text so far"
+        "--prompt-lookup",
+        type=_positive,
+        metavar="N",
+        help="guess up to N tokens from the text so far, and check them in one pass",
     )
-    guess.add_argument("--draft", metavar="MODEL", help="let a smaller model guess")
+    guess.add_argument(
+        "--draft", metavar="MODEL", help="let a smaller model with the same vocabulary guess"
+    )
 
 
 def _positive(text: str) -> int:
@@ -136,19 +187,34 @@ def _positive(text: str) -> int:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="continue a text")
+    parser = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text. Standard output carries only what comes after the prompt.",
+    )
     parser.add_argument("prompt", nargs="?", help="'-' or nothing: read standard input")
-    parser.add_argument("--prompts", metavar="FILE", help="decode all lines as one batch")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one prompt in each line; JSON lines come out"
+    )
     add_generation_options(parser)
     add_bulk_options(parser)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--no-stream", action="store_true", help="print the text when it is done")
-    parser.add_argument("--save-cache", metavar="FILE", help="keep the computed prompt")
-    parser.add_argument("--load-cache", metavar="FILE", help="begin with a computed prompt")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no statistics")
+    add = parser.add_argument
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
+    add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    add(
+        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each step"
+    )
+    add("--json", action="store_true", help="one JSON object: text, tokens, why it ended, seed")
+    add("--no-stream", action="store_true", help="print the text when it is done")
+    add("--save-cache", metavar="FILE", help="keep the computed prompt")
+    add("--load-cache", metavar="FILE", help="begin with a computed prompt")
+    add("-q", "--quiet", action="store_true", help="no statistics on standard error")
     parser.set_defaults(run=run_generate)
 
 
@@ -164,6 +230,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--prompt-lookup and --draft need a single prompt")
     if args.prompts is None and (args.output or args.scheduler):
         raise ValueError("--output and --scheduler need --prompts FILE")
+    if (args.output or args.scheduler) and (args.logprobs is not None or args.no_mmap):
+        raise ValueError("--output and --scheduler know no --logprobs and no --no-mmap")
     from llama_np.workers import share_products
 
     prompts = _read_prompts(args)
@@ -199,21 +267,29 @@ def generate_task(args: argparse.Namespace) -> Any:
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
-        lines = Path(args.prompts).read_text("utf-8").splitlines()
-        if not any(lines):
+        lines = text_lines(Path(args.prompts).read_bytes())
+        if not lines:
             raise ValueError(f"{args.prompts!r} holds no prompt")
-        return [line for line in lines if line]
+        return lines
     if args.prompt in (None, "-"):
         if args.prompt is None and sys.stdin.isatty():
             raise ValueError("no prompt: give one, or '-' to type it")
-        return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+        return [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
     return [args.prompt]
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a UTF-8 file that are not empty; only line feeds end a line."""
+    lines = content.decode("utf-8-sig").split("\n")  # Windows puts a mark before the text
+    return [line for line in (line.removesuffix("\r") for line in lines) if line]
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The configuration and the weights that the options ask for."""
     from llama_np.checkpoint import load
+    from llama_np.threads import limit_threads
 
+    limit_threads(args.threads)
     return load(args.model, args.dtype, mmap=not args.no_mmap)
 
 
@@ -223,12 +299,10 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         from llama_np.checkpoint import load_tokenizer
         from llama_np.sampling import Sampling
-        from llama_np.threads import limit_threads
         from llama_np.tokenizer import check_vocabulary
 
         self.args = args
         self.sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty)
-        limit_threads(args.threads)
         self.config, self.weights = load_model(args)
         self.tokenizer = load_tokenizer(args.model)
         check_vocabulary(self.tokenizer, self.config.vocab_size)
@@ -400,12 +474,22 @@ def statistics(result: dict[str, Any], temperature: float) -> str:
 
 
 def _add_tokenize(commands: Any) -> None:
-    parser = commands.add_parser("tokenize", help="show the tokens of a text")
-    parser.add_argument("text", help="'-': read standard input")
-    parser.add_argument("-m", "--model", default="fairytales")
-    parser.add_argument("--no-bos", action="store_true", help="without the begin-of-text token")
-    parser.add_argument("--special", action="store_true", help="let <s> mean the token, not text")
-    parser.add_argument("--json", action="store_true")
+    parser = commands.add_parser(
+        "tokenize",
+        help="show the tokens of a text",
+        description="Show the tokens of a text: id and piece, one in each line.",
+    )
+    add = parser.add_argument
+    add("text", help="'-': read standard input")
+    add(
+        "-m",
+        "--model",
+        default="fairytales",
+        help="folder, file or owner/name (default: fairytales)",
+    )
+    add("--no-bos", action="store_true", help="without the begin-of-text token")
+    add("--special", action="store_true", help="let <s> mean the token, not text")
+    add("--json", action="store_true", help="one JSON object: ids and tokens")
     parser.set_defaults(run=run_tokenize)
 
 
@@ -427,10 +511,14 @@ def run_tokenize(args: argparse.Namespace) -> int:
 
 
 def _add_classify(commands: Any) -> None:
-    parser = commands.add_parser("classify", help="which class a text belongs to")
+    parser = commands.add_parser(
+        "classify",
+        help="which class a text belongs to",
+        description="Print the probability of every class that the model's second head knows.",
+    )
     parser.add_argument("text", nargs="?", help="'-' or nothing: read standard input")
-    add_model_options(parser)
-    parser.add_argument("--json", action="store_true")
+    add_loading_options(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_classify)
 
 
@@ -461,17 +549,23 @@ def run_classify(args: argparse.Namespace) -> int:
 
 
 def _add_score(commands: Any) -> None:
-    parser = commands.add_parser("score", help="how likely the lines of a file are")
-    parser.add_argument("file", help="'-': read standard input")
+    parser = commands.add_parser(
+        "score",
+        help="how likely the lines of a file are",
+        description="Print the exact log-likelihood and perplexity of every line as a JSON line.",
+    )
+    parser.add_argument("file", help="one text in each line; '-': read standard input")
     add_model_options(parser)
+    add_thread_option(parser)
     add_bulk_options(parser)
     parser.set_defaults(run=run_score)
 
 
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that work through many lines."""
-    parser.add_argument("-o", "--output", metavar="FILE", help="JSON lines; resumed if it exists")
-    parser.add_argument("--scheduler", metavar="tcp://...", help="work on a dask cluster")
+    add = parser.add_argument
+    add("-o", "--output", metavar="FILE", help="write JSON lines here; go on if it holds some")
+    add("--scheduler", metavar="tcp://...", help="work on this dask cluster")
 
 
 def run_score(args: argparse.Namespace) -> int:
@@ -479,7 +573,7 @@ def run_score(args: argparse.Namespace) -> int:
     from llama_np.bulk import ScoreTask
 
     source = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-    lines = [line for line in source.decode("utf-8").splitlines() if line]
+    lines = text_lines(source)
     found = run_bulk(args, ScoreTask(args.model, args.dtype), lines)
     total = sum(result["log_likelihood"] for result in found)
     count = sum(result["tokens"] for result in found)
@@ -510,11 +604,15 @@ def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="sizes, dtypes and configuration of a checkpoint")
-    parser.add_argument("model_argument", nargs="?", metavar="MODEL")
+    parser = commands.add_parser(
+        "inspect",
+        help="sizes, dtypes and configuration of a checkpoint",
+        description="Show sizes, dtypes, configuration and memory of a checkpoint.",
+    )
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     add_model_options(parser)
     parser.add_argument("--check", action="store_true", help="look for NaN and infinity")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_inspect)
 
 
@@ -532,11 +630,15 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def _add_explore(commands: Any) -> None:
-    parser = commands.add_parser("explore", help="see one forward pass in the browser")
-    parser.add_argument("prompt")
-    parser.add_argument("-o", "--output", required=True, metavar="PAGE.html")
-    parser.add_argument("--overwrite", action="store_true")
-    add_model_options(parser)
+    parser = commands.add_parser(
+        "explore",
+        help="see one forward pass in the browser",
+        description="Write a page that walks through one forward pass; it needs no network.",
+    )
+    parser.add_argument("prompt", help="the text that goes through the model")
+    parser.add_argument("-o", "--output", required=True, metavar="PAGE.html", help="the page")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
+    add_loading_options(parser)
     parser.set_defaults(run=run_explore)
 
 
@@ -554,14 +656,21 @@ def run_explore(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="speed, beside what this machine could do")
+    parser = commands.add_parser(
+        "bench",
+        help="speed, beside what this machine could do",
+        description="Measure tokens per second beside the limits of this machine. --model also "
+        "takes a shape: 15M, 135M or 1.1B, with random weights.",
+    )
     add_model_options(parser)
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[128])
-    parser.add_argument("--context", type=_positive, default=128, help="tokens before decoding")
-    parser.add_argument("--compare", choices=["transformers"])
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline")
-    parser.add_argument("--json", action="store_true")
+    add_thread_option(parser)
+    add, many = parser.add_argument, {"type": _positive, "nargs": "+", "metavar": "N"}
+    add("--batch", **many, default=[1, 4, 8], help="texts at once (default: 1 4 8)")
+    add("--prompt-tokens", **many, default=[128], help="lengths of prompts (default: 128)")
+    add("--context", type=_positive, default=128, help="tokens before decoding (default: 128)")
+    add("--compare", choices=["transformers"], help="measure this library, too")
+    add("--plot", metavar="FILE.png", help="draw the roofline")
+    add("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_bench)
 
 

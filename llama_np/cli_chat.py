@@ -179,8 +179,17 @@ def save(chat: Chat, path: str) -> None:
 
 def add_commands(commands: Any, model_options: Callable[[Any], None]) -> None:
     """Declare `chat` and its options."""
-    parser = commands.add_parser("chat", help="talk with a model")
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model, message by message. /help lists the commands inside.",
+    )
     model_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system message")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="how messages are put")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="how messages are put (default: auto, by the checkpoint's own template)",
+    )
     parser.set_defaults(run=run_chat)

@@ -30,16 +30,32 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("source", help="folder, .gguf, .bin, .pth or .safetensors file, owner/name")
     parser.add_argument("out", help="the folder to make; with --to llama2c, the file")
-    parser.add_argument("--to", choices=["hf", "llama2c", "meta"], default="hf")
+    parser.add_argument(
+        "--to",
+        choices=["hf", "llama2c", "meta"],
+        default="hf",
+        help="the format to write (default: hf, a Hugging Face folder with safetensors)",
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="default: each tensor's own; quantized ones become float32",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    parser.add_argument("--context", type=int, metavar="N", help="max_position_embeddings")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="max_position_embeddings to write (default: the source's)",
+    )
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="files, with --to meta")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB")
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="of a file, with --to hf (default: 5)",
+    )
     parser.add_argument(
         "--version", type=int, default=0, choices=[0, 1, 2], help="of llama2.c's format (2: int8)"
     )

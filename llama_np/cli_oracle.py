@@ -35,7 +35,12 @@ def _add_port(parser: Any) -> None:
 
 
 def _add_record(commands: Any) -> None:
-    parser = commands.add_parser("record", help="write what every array of a model should be")
+    parser = commands.add_parser(
+        "record",
+        help="write what every array of a model should be",
+        description="Write a golden file: every array of a forward pass in float64, and how far an "
+        "honest run in float32, bfloat16 or float16 may stray from it.",
+    )
     _add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="a text")
@@ -44,19 +49,33 @@ def _add_record(commands: Any) -> None:
     )
     parser.add_argument("--decode", type=int, default=0, metavar="K", help="greedy tokens to feed")
     parser.add_argument("--chunks", help="lengths of the prefill's calls, such as 5,3")
-    parser.add_argument("--points", choices=["all", "blocks", "logits"], default="all")
-    parser.add_argument("--store", choices=["float32", "float64"], default="float32")
+    parser.add_argument(
+        "--points",
+        choices=["all", "blocks", "logits"],
+        default="all",
+        help="which arrays (default: all)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=["float32", "float64"],
+        default="float32",
+        help="how the float64 values are rounded for the file (default: float32)",
+    )
     parser.add_argument(
         "--scalars", action="store_true", help="write text: one number per array and call"
     )
-    parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the golden file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.set_defaults(run=run_record)
 
 
 def _add_verify(commands: Any) -> None:
-    parser = commands.add_parser("verify", help="compare a port's dump with a golden file")
-    parser.add_argument("golden", metavar="GOLDEN")
+    parser = commands.add_parser(
+        "verify",
+        help="compare a port's dump with a golden file",
+        description="Compare a port's arrays with a golden file. Exit code 0: pass, 1: fail.",
+    )
+    parser.add_argument("golden", metavar="GOLDEN", help="what `llama-np record` wrote")
     _add_port(parser)
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
     parser.add_argument(
@@ -66,7 +85,12 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_replay(commands: Any) -> None:
-    parser = commands.add_parser("replay", help="recompute every op from the port's own inputs")
+    parser = commands.add_parser(
+        "replay",
+        help="recompute every op from the port's own inputs",
+        description="Recompute every operation from the port's own inputs, so that errors do not "
+        "add up, and list all faulty ones. Exit code 0: none, 1: some.",
+    )
     _add_port(parser)
     _add_model(parser)
     parser.add_argument("--golden", help="where tokens come from if the dump has none")
@@ -74,8 +98,13 @@ def _add_replay(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    parser = commands.add_parser("explain", help="name the mistake behind a divergence")
-    parser.add_argument("golden", metavar="GOLDEN")
+    parser = commands.add_parser(
+        "explain",
+        help="name the mistake behind a divergence",
+        description="Run the model again with each known mistake in it, and name the one, or the "
+        "pair, that explains every number. Exit code 0: clean or explained, 1: unexplained.",
+    )
+    parser.add_argument("golden", metavar="GOLDEN", help="what `llama-np record` wrote")
     _add_port(parser)
     _add_model(parser)
     parser.set_defaults(run=run_explain)

@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import _SubParsersAction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from systems import POSIX
 
-from llama_np import classify, load, load_tokenizer
-from llama_np.cli import main
+from llama_np import classify, load, load_tokenizer, threads
+from llama_np.cli import build_parser, main, text_lines
 from llama_np.terminal import visible
 
 COMMAND = [sys.executable, "-m", "llama_np"]
@@ -52,6 +53,31 @@ def test_json_output_is_one_complete_object(capsys: pytest.CaptureFixture[str]) 
     assert whole == "The king" + answer["text"]
     assert [len(step["top_logprobs"]) for step in answer["logprobs"]] == [2] * 5
     assert {"prompt_tokens_per_second", "decode_tokens_per_second"} <= answer["timings"].keys()
+
+
+def test_only_line_feeds_divide_a_file_of_lines_and_the_mark_of_windows_is_no_text() -> None:
+    assert text_lines("\ufeffone\r\n\r\ntwo\u2028still two\n\n".encode()) == [
+        "one",
+        "two\u2028still two",
+    ]
+
+
+def test_every_command_and_option_says_what_it_does() -> None:
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, _SubParsersAction))
+    for name, parser in commands.choices.items():
+        assert parser.description, name
+        for action in parser._actions:
+            assert action.help, (name, action.option_strings or action.dest)
+
+
+@pytest.mark.parametrize("command", [["classify", "A king"], ["generate", "A king", "-n", "1"]])
+def test_the_number_of_threads_is_heeded(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(threads, "limit_threads", asked.append)
+    assert main([*command, "--threads", "1"]) == 0
+    assert asked == [1]
 
 
 def test_no_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
