@@ -2,11 +2,15 @@
 
 The n beams of a prompt are neighbouring rows. Per step all beams and all words compete at once;
 only closing a hypothesis, which is rare, looks at single candidates.
+
+Rules such as prefix_allowed_tokens_fn may leave fewer texts than beams: what is forbidden, or
+goes on from a beam that was never filled, closes nothing, and a search whose beams are all of
+that kind is complete.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import numpy as np
 from llama_np import sampling
 
 UNBORN = -1e9  # score of the beams that a prompt does not have yet: the first step fills them
+DEAD = UNBORN / 2  # what scores less goes on from such a beam, or is forbidden
 
 
 @dataclass
@@ -121,8 +126,9 @@ class Beams:
         B, V = len(searches), logprobs.shape[1]
         totals = logprobs.reshape(B, self.count, V) + self.totals[searches, :, None]  # (B, n, V)
         flat = totals.reshape(B, -1)  # (B, n * V)
-        idle = self.complete[searches]
-        sampling.check_drawable(flat[~idle])
+        idle = self.complete[searches].copy()
+        flat[idle] = 0  # whatever they go on with is never read
+        sampling.check_no_nan(flat)
         chosen = self._candidates(flat, rng)  # (B, candidates)
         scores = np.take_along_axis(flat, chosen, axis=1)
         rows = chosen // V + searches[:, None] * self.count
@@ -142,7 +148,7 @@ class Beams:
         wanted = min(max(2, 1 + len(eos)) * self.count, flat.shape[1])
         keys = flat
         if self.options.do_sample:
-            keys = sampling.log_softmax(flat.astype(np.float64)) + rng.gumbel(size=flat.shape)
+            keys = flat + rng.gumbel(size=flat.shape)
         best = np.sort(np.argpartition(-keys, wanted - 1, axis=1)[:, :wanted], axis=1)
         order = np.argsort(-np.take_along_axis(flat, best, axis=1), axis=1, kind="stable")
         return np.take_along_axis(best, order, axis=1)
@@ -163,29 +169,38 @@ class Beams:
             if self.complete[search]:
                 continue
             best = self.best[search]
-            for rank in np.flatnonzero(ends[b, : self.count]):
+            alive = scores[b] > DEAD
+            for rank in np.flatnonzero((ends[b] & alive)[: self.count]):
                 row = rows[b, rank]
                 origins = np.append(self.origins[row], row)
                 text = Hypothesis(0.0, ids[row], origins, closed=True)
                 best.add(float(scores[b, rank]), length, text)
-            self.complete[search] = best.complete(float(scores[b].max()), length)
+            stuck = not alive[going_on[b]].any()
+            if stuck and not best.texts:
+                raise ValueError("every token is forbidden: all beams end without a text")
+            self.complete[search] = stuck or best.complete(float(scores[b].max()), length)
         return going_on
 
     def finish(self, ids: np.ndarray) -> Found:
-        """Add the unfinished beams (R, S) and give back the best texts of each prompt."""
+        """Add the unfinished beams (R, S) and give back the best texts of each prompt.
+
+        Where fewer exist than were asked for, the last one fills up, with a score of -inf.
+        """
         for search in np.flatnonzero(~self.complete):
             self._add_unfinished(int(search), ids)
         kept: list[Hypothesis] = []
+        wanted = self.options.num_return_sequences
         for first in range(0, len(self.best), self.groups):
             texts = [text for best in self.best[first : first + self.groups] for text in best.texts]
             ranked = sorted(texts, key=lambda text: text.score)[::-1]
-            kept += ranked[: self.options.num_return_sequences]
+            kept += ranked[:wanted]
+            kept += [replace(ranked[-1], score=-np.inf)] * (wanted - len(ranked))
         return self._padded(kept)
 
     def _add_unfinished(self, search: int, ids: np.ndarray) -> None:
         length = ids.shape[1] - self.prompt_length
-        for n, total in enumerate(self.totals[search]):
-            row = search * self.count + n
+        for n in np.flatnonzero(self.totals[search] > DEAD):
+            total, row = self.totals[search, n], search * self.count + int(n)
             text = Hypothesis(0.0, ids[row], self.origins[row], closed=False)
             self.best[search].add(float(total), length, text)
 

@@ -137,7 +137,7 @@ def generate(
         streamer=streamer,
         rng=np.random.default_rng(rng),
         unfinished=np.ones(len(prompt), bool),
-        deadline=time.monotonic() + (options.max_time or float("inf")),
+        deadline=time.monotonic() + (np.inf if options.max_time is None else options.max_time),
     )
     _warn_beyond_context(model, options)
     if streamer is not None and options.num_beams > 1:

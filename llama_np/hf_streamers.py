@@ -6,9 +6,8 @@ end(). Text appears word by word, because a word can change until it is complete
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from queue import Queue
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -35,11 +34,11 @@ class TextStreamer:
         self._tokens += [int(token) for token in tokens.reshape(-1)]
         text = self.tokenizer.decode(self._tokens, **self.decode_kwargs)
         if text.endswith("\n"):
-            self._show(text[self._shown :])
+            self.on_finalized_text(text[self._shown :])
             self._tokens, self._shown = [], 0
         else:
             ready = len(text) if text and is_ideograph(text[-1]) else text.rfind(" ") + 1
-            self._show(text[self._shown : ready])
+            self.on_finalized_text(text[self._shown : ready])
             self._shown = max(self._shown, ready)
 
     def end(self) -> None:
@@ -47,19 +46,19 @@ class TextStreamer:
         text = self.tokenizer.decode(self._tokens, **self.decode_kwargs) if self._tokens else ""
         rest, self._tokens, self._shown = text[self._shown :], [], 0
         self._prompt_is_next = True
-        self._show(rest, stream_end=True)
-
-    def _show(self, text: str, stream_end: bool = False) -> None:
-        if text or stream_end:
-            self.on_finalized_text(text, stream_end=stream_end)
+        self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """What to do with text that will not change any more; override it."""
+        """What to do with text that will not change any more, "" at times; override it."""
         print(text, flush=True, end="\n" if stream_end else "")
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Iterate over the text, while generate() runs in another thread."""
+    """Iterate over the text, while generate() runs in another thread.
+
+    Pieces wait in `text_queue`, `stop_signal` ends them; after `timeout` seconds without one the
+    iteration ends in queue.Empty.
+    """
 
     def __init__(
         self,
@@ -70,17 +69,23 @@ class TextIteratorStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, **decode_kwargs)
         self.timeout = timeout
-        self._queue: Queue[str | None] = Queue()
+        self.text_queue: Queue[Any] = Queue()
+        self.stop_signal: Any = None
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Hand the text to the iterating thread."""
-        self._queue.put(text)
+        self.text_queue.put(text, timeout=self.timeout)
         if stream_end:
-            self._queue.put(None)
+            self.text_queue.put(self.stop_signal, timeout=self.timeout)
 
-    def __iter__(self) -> Iterator[str]:
-        while (text := self._queue.get(timeout=self.timeout)) is not None:
-            yield text
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        text = self.text_queue.get(timeout=self.timeout)
+        if text == self.stop_signal:
+            raise StopIteration
+        return str(text)
 
 
 def is_ideograph(character: str) -> bool:

@@ -225,10 +225,15 @@ def warp(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = None)
 
 def check_drawable(logits: np.ndarray) -> None:
     """Errors: FloatingPointError for NaN logits, ValueError when nothing may be drawn."""
-    if np.isnan(logits).any():
-        raise FloatingPointError("the logits hold NaN: the weights or the inputs are broken")
+    check_no_nan(logits)
     if np.isneginf(logits.max(axis=-1)).any():
         raise ValueError("every token is forbidden: all logits are -inf")
+
+
+def check_no_nan(logits: np.ndarray) -> None:
+    """Errors: FloatingPointError for NaN logits."""
+    if np.isnan(logits).any():
+        raise FloatingPointError("the logits hold NaN: the weights or the inputs are broken")
 
 
 def draw(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -340,7 +340,8 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
     assert one_row.shape == (2, 14)
     assert (one_row[0, 7:] == 0).all()
     np.testing.assert_array_equal(one_row[:, :7], all_rows[:, :7])
-    assert model.generate(text, max_time=1e-9, **options).shape == (2, 6)
+    for none_left in (1e-9, 0.0, 0):
+        assert model.generate(text, max_time=none_left, **options).shape == (2, 6)
 
 
 @pytest.mark.parametrize(
@@ -547,6 +548,59 @@ def test_beam_sampling_draws_likely_texts_and_repeats_with_its_seed() -> None:
     assert ((scores > chosen).sum(axis=-1) < 8).all()
 
 
+def listed(*texts: tuple[int, ...]) -> Any:
+    """A prefix_allowed_tokens_fn that allows these texts behind a prompt of 5, and no other."""
+
+    def allowed(row: int, tokens: np.ndarray) -> list[int]:
+        said = tuple(tokens[5:].tolist())
+        return [t[len(said)] for t in texts if t[: len(said)] == said and len(t) > len(said)]
+
+    return allowed
+
+
+TEXTS = ((5, 6, 2), (5, 7, 8, 2), (9, 2))
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("num_beams", [3, 5])
+def test_of_listed_texts_beams_find_the_likeliest(num_beams: int, early_stopping: Any) -> None:
+    model, prompt = tiny(), prompts(1)
+    scores = {}
+    for text in TEXTS:
+        whole = np.concatenate([prompt[0], text])
+        logprobs = sampling.log_softmax(model(whole[None, :-1]).logits[0, 4:])
+        scores[text] = logprobs[np.arange(len(text)), list(text)].mean()
+    best = sorted(TEXTS, key=scores.__getitem__, reverse=True)
+    out = model.generate(
+        prompt, prefix_allowed_tokens_fn=listed(*TEXTS), num_beams=num_beams, max_new_tokens=8,
+        early_stopping=early_stopping, num_return_sequences=3, pad_token_id=0, eos_token_id=2,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    found = [tuple(row[row > 0].tolist()) for row in out.sequences[:, 5:]]
+    assert found == best
+    expected = [scores[text] for text in best]
+    np.testing.assert_allclose(out.sequences_scores, expected, rtol=1e-6)  # kept as float32
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_search_with_fewer_texts_than_beams_gives_those_and_one_without_is_an_error(
+    do_sample: bool,
+) -> None:
+    options: dict[str, Any] = {"num_beams": 3, "do_sample": do_sample, "rng": 0, "eos_token_id": 2}
+    out = tiny().generate(
+        prompts(), prefix_allowed_tokens_fn=listed((9, 2)), num_return_sequences=2,
+        max_new_tokens=8, return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    assert out.sequences[:, 5:].tolist() == [[9, 2]] * 4
+    if not do_sample:  # draws may begin with the same token in every beam
+        assert np.isneginf(out.sequences_scores).tolist() == [False, True] * 2
+    forced = tiny().generate(prompts(), forced_decoder_ids=[[5, 9], [6, 2]], **options)
+    assert forced[:, 5:].tolist() == [[9, 2]] * 2
+    for nothing in (listed(), listed((9,))):
+        with pytest.raises(ValueError, match="every token is forbidden"):
+            tiny().generate(prompts(), prefix_allowed_tokens_fn=nothing, **options)
+
+
 def test_groups_of_beams_avoid_each_others_tokens() -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None, "num_beams": 6}
     out = tiny().generate(
@@ -689,8 +743,25 @@ def test_an_iterator_streams_from_another_thread() -> None:
         target=tiny().generate, args=(prompts(1),), kwargs={"streamer": streamer, **options}
     )
     thread.start()
-    assert "".join(streamer) == Letters().decode(expected.tolist())
+    first = next(streamer)
+    assert first + "".join(streamer) == Letters().decode(expected.tolist())
     thread.join()
+    assert streamer.text_queue.empty()
+
+
+def test_every_token_is_a_piece_of_text_even_if_nothing_can_be_shown_yet() -> None:
+    """As in 4.37.2: a user's streamer may count the calls."""
+    pieces = []
+
+    class Mine(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append((text, stream_end))
+
+    streamer = Mine(Letters())
+    for tokens in ([[5, 6]], [7], [3], [4]):
+        streamer.put(np.array(tokens))
+    streamer.end()
+    assert pieces == [("", False), ("", False), ("abc ", False), ("\n", False), ("", True)]
 
 
 def test_options_live_in_files_in_the_model_and_in_the_call(tmp_path: Path) -> None:
