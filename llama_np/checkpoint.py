@@ -101,19 +101,41 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def locate(name: str | os.PathLike[str], weights: bool = True) -> Path:
+def locate(
+    name: str | os.PathLike[str],
+    weights: bool = True,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    **hub: Any,
+) -> Path:
     """Where a checkpoint is: a path that exists, a bundled model, or a download from the hub.
 
-    Without `weights`, only the small files are fetched from the hub.
+    Without `weights`, only the small files are fetched from the hub. `subfolder` is a folder
+    within any of them; `revision` and the options of `hub.download` are for the hub only.
     Errors: FileNotFoundError says what was looked for; those of huggingface_hub, unchanged.
     """
+    path = _found(name, weights, revision, subfolder, hub) / subfolder
+    if subfolder and not path.is_dir():
+        raise FileNotFoundError(2, "no such subfolder of the checkpoint", str(path))
+    return path
+
+
+def _found(
+    name: str | os.PathLike[str],
+    weights: bool,
+    revision: str | None,
+    subfolder: str,
+    hub: dict[str, Any],
+) -> Path:
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if isinstance(name, str) and is_bare_file_name(name) and (BUNDLED / name).is_dir():
         return BUNDLED / name
     if isinstance(name, str) and is_hub_name(name):
-        return download(name, weights)
+        pinned = name if revision is None else f"{name.partition('@')[0]}@{revision}"
+        return download(pinned, weights, subfolder, **hub)
     raise FileNotFoundError(
         2, "no such file or folder, no bundled model, and no owner/name of the hub", str(name)
     )

@@ -26,10 +26,12 @@ import numpy as np
 
 from llama_np import losses
 from llama_np.hf_base import LlamaPreTrainedModel
-from llama_np.hf_config import LlamaConfig
+from llama_np.hf_config import LlamaConfig, sets_generation_options
 from llama_np.hf_generate import generate, transition_scores
+from llama_np.hf_generation_config import DEFAULTS as GENERATION_OPTIONS
 from llama_np.hf_generation_config import FILE as GENERATION_FILE
 from llama_np.hf_generation_config import GenerationConfig
+from llama_np.hf_loading import refuse
 from llama_np.hf_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -108,6 +110,7 @@ class LlamaForCausalLM(_WithHead):
     _head = "lm_head.weight"
     _generation_config: GenerationConfig | None = None
     _derived: GenerationConfig | None = None
+    _in_file = False  # whether generation_config.json was there to be derived before
 
     def forward(
         self,
@@ -160,25 +163,33 @@ class LlamaForCausalLM(_WithHead):
     def generation_config(self) -> GenerationConfig:
         """The defaults of generate(); change its attributes, or replace it.
 
-        Unless that happened, or the checkpoint brought some, they follow `config`, where old
-        checkpoints keep them.
+        Unless that happened, or the checkpoint brought some of its own, they follow `config`,
+        where old checkpoints keep them. A file that says it was made from a configuration stands
+        for it until an option of generate() is set there, as in 4.37.2.
         """
-        if self._generation_config is None or self._generation_config == self._derived:
+        current = self._generation_config
+        follows = not self._in_file or sets_generation_options(self.config)
+        if current is None or (current == self._derived and follows):
             self._derived = GenerationConfig.from_model_config(self.config)
-            self._generation_config = copy.deepcopy(self._derived)
-        return self._generation_config
+            current = self._generation_config = copy.deepcopy(self._derived)
+        return current
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self._generation_config = value
+        self._generation_config, self._derived = value, None
 
-    def _read_generation_config(self, folder: Path) -> None:
+    def _read_generation_config(self, folder: Path, options: Mapping[str, Any]) -> None:
         if (folder / GENERATION_FILE).exists():
-            self._generation_config = GenerationConfig.from_pretrained(folder)
+            given = {name: value for name, value in options.items() if name in GENERATION_OPTIONS}
+            self.generation_config = read = GenerationConfig.from_pretrained(folder, **given)
+            if read._from_model_config:
+                self._derived, self._in_file = copy.deepcopy(read), True
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """As the other models, and generation_config.json."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         self.generation_config.save_pretrained(save_directory)
 
     def generate(
@@ -188,8 +199,11 @@ class LlamaForCausalLM(_WithHead):
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         prefix_allowed_tokens_fn: Callable[[int, Array], list[int]] | None = None,
+        synced_gpus: bool | None = None,
         assistant_model: LlamaForCausalLM | None = None,
         streamer: Any = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
         *,
         rng: np.random.Generator | int | None = None,
         **kwargs: Any,
@@ -211,6 +225,7 @@ class LlamaForCausalLM(_WithHead):
         Errors: ValueError, NotImplementedError (an option that is not there), IndexError,
         FloatingPointError (NaN logits).
         """
+        refuse("generate", {"synced_gpus": False}, {"synced_gpus": bool(synced_gpus)})
         return generate(
             self,
             inputs,
@@ -221,6 +236,8 @@ class LlamaForCausalLM(_WithHead):
             assistant_model,
             streamer,
             rng,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             **kwargs,
         )
 

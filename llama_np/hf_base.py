@@ -21,6 +21,7 @@ from llama_np.checkpoint import group_by_layer, locate
 from llama_np.config import HARMLESS, Config
 from llama_np.errors import CheckpointError
 from llama_np.hf_config import LlamaConfig, dtype_name
+from llama_np.hf_loading import refuse, split_options
 from llama_np.hf_outputs import BaseModelOutputWithPast
 from llama_np.layers import embed
 from llama_np.linear import linear
@@ -31,10 +32,21 @@ from llama_np.tap import NO_TAP, Tap, chain, each, record
 Array = np.ndarray
 EMBEDDING = "model.embed_tokens.weight"
 
-# Options of transformers' from_pretrained that cannot change what a NumPy model computes.
-_LOADING_OPTIONS = frozenset(
-    "device_map from_pt low_cpu_mem_usage offload_folder trust_remote_code use_safetensors".split()
+# Options of transformers' from_pretrained that cannot change what a NumPy model computes,
+# and those of which only one value means what happens here.
+_IDLE = frozenset(
+    "device_map from_pt low_cpu_mem_usage max_memory offload_folder offload_state_dict "
+    "use_safetensors".split()
 )
+_ONLY: dict[str, Any] = {
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "quantization_config": None,
+    "variant": None,
+    "state_dict": None,
+}
+
+_ONLY_SAVED: dict[str, Any] = {"is_main_process": True, "push_to_hub": False, "variant": None}
 
 
 class _Weights:
@@ -176,16 +188,21 @@ class LlamaPreTrainedModel:
     ) -> Any:
         """Load a checkpoint, found as `load` finds it; other keywords override the configuration.
 
-        revision: a branch, tag or commit on the hub. dtype (or torch_dtype): float32 unless
+        revision: a branch, tag or commit on the hub, for which token, cache_dir,
+        local_files_only and force_download are, too; subfolder: a folder within the
+        checkpoint. Options of generate() become defaults. dtype (or torch_dtype): float32 unless
         given; "auto" takes the checkpoint's. Weights that the checkpoint lacks are drawn at
         random, with a UserWarning; a bare model loads into one with a head, and the reverse.
         With `output_loading_info` the result is (model, dict of names).
         Errors: OSError; ConfigError; CheckpointError for malformed files and for shapes that
-        differ, unless `ignore_mismatched_sizes`; MemoryError; TypeError for an unknown keyword.
+        differ, unless `ignore_mismatched_sizes`; MemoryError; TypeError for an unknown keyword;
+        NotImplementedError for options such as load_in_8bit.
         """
         name = pretrained_model_name_or_path
-        folder = locate(name if revision is None else f"{name}@{revision}")
-        config = _config_for(folder, config, kwargs)
+        place, options = split_options({"revision": revision, **kwargs})
+        refuse("from_pretrained", _ONLY, options)
+        folder = locate(name, **place)
+        config = _config_for(folder, config, options, place)
         config._name_or_path = str(name)
         read = hf_weights.read_weights(folder, config.core(), cls._head, mmap)
         chosen = _either(_either(dtype, torch_dtype), "float32")
@@ -193,7 +210,7 @@ class LlamaPreTrainedModel:
             chosen = config.torch_dtype or read.stored_dtype
         model = cls(config, seed=seed, dtype=chosen)
         model._adopt(read, folder, ignore_mismatched_sizes)
-        model._read_generation_config(folder)
+        model._read_generation_config(folder, options)
         info = {
             "missing_keys": read.missing,
             "unexpected_keys": read.unexpected,
@@ -229,24 +246,33 @@ class LlamaPreTrainedModel:
         groups = self._groups(read.arrays(self._precision) | drawn)
         self._weights = _Weights(lambda: groups)
 
-    def _read_generation_config(self, folder: Path) -> None:
+    def _read_generation_config(self, folder: Path, options: Mapping[str, Any]) -> None:
         """Only models that generate have defaults for it."""
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        is_main_process: bool = True,
         state_dict: Mapping[str, Any] | None = None,
+        save_function: Any = None,
+        push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
+        variant: str | None = None,
+        token: Any = None,
+        save_peft_format: bool = True,
     ) -> None:
         """Write config.json and model.safetensors (or shards), as transformers reads them.
 
-        The folder is created, an earlier save in it replaced.
-        Errors: NotImplementedError for safe_serialization=False; OSError.
+        The folder is created, an earlier save in it replaced. save_function (of pickles), token
+        and save_peft_format have no effect.
+        Errors: NotImplementedError for safe_serialization=False, push_to_hub, a variant, and
+        another process than the main one; OSError.
         """
         if not safe_serialization:
             raise NotImplementedError("pickles are not written; safetensors are read everywhere")
+        given = {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "variant": variant}
+        refuse("save_pretrained", _ONLY_SAVED, given)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
@@ -471,14 +497,20 @@ def _dtype_of(arrays: Mapping[str, Any]) -> Any:
     return "float64" if wide else "float32"
 
 
-def _config_for(folder: Path, config: Any, kwargs: dict[str, Any]) -> LlamaConfig:
-    """The configuration to load with; `kwargs` are overrides and options without effect."""
-    overrides = {k: v for k, v in kwargs.items() if k not in _LOADING_OPTIONS}
+def _config_for(
+    folder: Path, config: Any, options: Mapping[str, Any], place: Mapping[str, Any]
+) -> LlamaConfig:
+    """The configuration to load with; `options` are overrides and those without effect.
+
+    A configuration given by name is looked for in the same `place` as the model.
+    """
+    overrides = {k: v for k, v in options.items() if k not in _IDLE and k not in _ONLY}
     unused = overrides
-    if not isinstance(config, LlamaConfig):
-        config, unused = LlamaConfig.from_pretrained(
-            folder if config is None else config, return_unused_kwargs=True, **overrides
-        )
+    if config is None:
+        config, unused = LlamaConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
+    elif not isinstance(config, LlamaConfig):
+        overrides |= {"return_unused_kwargs": True, **place}
+        config, unused = LlamaConfig.from_pretrained(config, **overrides)
     if unused:
         raise TypeError(f"from_pretrained got unknown keywords: {', '.join(sorted(unused))}")
     unknown = vars(config).keys() - vars(LlamaConfig()).keys() - HARMLESS

@@ -26,8 +26,7 @@ from llama_np.checkpoint import locate, read_values
 from llama_np.config import DEFAULTS, NOT_IMPLEMENTED, Config, config_from_dict, read_json
 from llama_np.errors import ConfigError
 from llama_np.files import write_atomically
-
-FORMAT_VERSION = "4.37.2"  # the version of transformers whose file format is written
+from llama_np.hf_loading import FORMAT_VERSION, refuse_upload, split_options
 
 # Attributes that every configuration of transformers has, besides LLaMA's own.
 INHERITED: dict[str, Any] = {
@@ -353,18 +352,21 @@ class LlamaConfig:
     ) -> Any:
         """Read config.json of a folder, a bundled checkpoint, or a JSON file.
 
-        Keywords are set as attributes afterwards; with `return_unused_kwargs=True` the result
-        is (config, those that no attribute is called). Errors: OSError, ConfigError.
+        revision, subfolder, cache_dir, token, local_files_only and force_download say where.
+        Other keywords are set as attributes afterwards; with `return_unused_kwargs=True` the
+        result is (config, those that no attribute is called). Errors: OSError, ConfigError.
         """
-        return cls.from_dict(cls.get_config_dict(pretrained_model_name_or_path)[0], **kwargs)
+        values, rest = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(values, **rest)
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The content of config.json, and the keywords."""
-        path = locate(pretrained_model_name_or_path, weights=False)
-        return read_json(path) if path.suffix == ".json" else read_values(path), kwargs
+        """The content of config.json, and the keywords that do not say where it is."""
+        place, rest = split_options(kwargs)
+        path = locate(pretrained_model_name_or_path, weights=False, **place)
+        return read_json(path) if path.suffix == ".json" else read_values(path), rest
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -438,8 +440,14 @@ class LlamaConfig:
         text = self.to_json_string(use_diff)
         write_atomically(json_file_path, text.encode("utf-8"), overwrite=True)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json into a folder, which is created; an old one is replaced."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False
+    ) -> None:
+        """Write config.json into a folder, which is created; an old one is replaced.
+
+        Errors: NotImplementedError for `push_to_hub`; OSError.
+        """
+        refuse_upload(push_to_hub)
         os.makedirs(save_directory, exist_ok=True)
         self.to_json_file(Path(save_directory) / "config.json")
 
@@ -450,6 +458,12 @@ class LlamaConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def sets_generation_options(config: LlamaConfig) -> bool:
+    """Whether an option of generate() is set there, where old checkpoints keep them."""
+    known = GENERATION_FIELDS.items()
+    return any(getattr(config, name, default) != default for name, default in known)
 
 
 def checked_rope_scaling(scaling: Any) -> dict[str, Any] | None:

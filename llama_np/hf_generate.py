@@ -125,6 +125,7 @@ def generate(
     _set_length(options, ids.shape[1])
     options.validate()
     session = _session(model, given, ids, embedded, options)
+    _warn_of_right_padding(ids, session, options)
     prompt = np.repeat(ids, _rows_per_prompt(options), axis=0)
     asked = hf_processors.processors(options, ids, prefix_allowed_tokens_fn, logits_processor or [])
     run = Run(
@@ -265,16 +266,18 @@ def _contrast(run: Run, scores: np.ndarray) -> None:
         run.keep(scores)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # (R, k)
         likely = np.take_along_axis(softmax(scores), best, axis=1)  # (R, k)
-        run.session.repeat(k)
+        run.session.select(np.repeat(np.arange(len(best)), k))
         every = run.session.feed(best.reshape(-1, 1))[:, -1]  # (R * k, V)
         heard = run.session.hidden.reshape(*best.shape, -1)  # (R, k, D)
         cosines = _unit(heard) @ _unit(said).swapaxes(1, 2)  # (R, k, S)
         chosen = ((1 - alpha) * likely - alpha * cosines.max(axis=2)).argmax(axis=1)  # (R,)
         row = np.arange(len(best))
         run.session.select(row * k + chosen)
+        run.session.select_traced(row * k + chosen)
         said = np.concatenate([said, heard[row, chosen][:, None]], axis=1)  # (R, S, D)
         scores = every[row * k + chosen]  # (R, V)
         run.append(best[row, chosen])
+    run.session.forget_last()  # as everywhere, the last token written has not been read
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -387,6 +390,30 @@ def _set_length(options: GenerationConfig, prompt_length: int) -> None:
         warnings.warn(
             f"Input length of input_ids is {prompt_length}, but `max_length` is set to "
             f"{options.max_length}: one token is generated. Consider `max_new_tokens`.",
+            stacklevel=4,
+        )
+    _warn_of_unreachable_minimum(options, prompt_length)
+
+
+def _warn_of_unreachable_minimum(options: GenerationConfig, prompt_length: int) -> None:
+    for name, before in (("min_length", 0), ("min_new_tokens", prompt_length)):
+        least = getattr(options, name)
+        if isinstance(least, int) and before + least > options.max_length:
+            warnings.warn(
+                f"`{name}` is {least}, which takes a text of {before + least} tokens, prompt "
+                f"included, but it ends after {options.max_length}. Decrease it, or increase "
+                "`max_new_tokens`.",
+                stacklevel=5,
+            )
+
+
+def _warn_of_right_padding(ids: np.ndarray, session: Session, options: GenerationConfig) -> None:
+    """The text would go on from the padding."""
+    pad = options.pad_token_id
+    if (session.mask[:, -1] == 0).any() or (pad is not None and (ids[:, -1] == pad).any()):
+        warnings.warn(
+            "A decoder-only architecture is being used, but right-padding was detected! For "
+            "correct results, set `padding_side='left'` when initializing the tokenizer.",
             stacklevel=4,
         )
 

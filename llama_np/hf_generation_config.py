@@ -13,6 +13,7 @@ from typing import Any
 from llama_np.checkpoint import locate
 from llama_np.config import read_json
 from llama_np.files import write_atomically
+from llama_np.hf_loading import FORMAT_VERSION, refuse_upload, split_options
 
 DEFAULTS: dict[str, Any] = {
     # how long
@@ -80,12 +81,23 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (None,),
     "constraints": (None,),
 }
-_SAMPLING_ONLY = ("temperature", "top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING_ONLY = (
+    "temperature", "top_k", "top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+_BEAMS_ONLY = ("early_stopping", "length_penalty")
+_NO_OPTIONS = (
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
+    "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask",
+)  # fmt: skip
+_METADATA = ("_from_model_config", "transformers_version")
 FILE = "generation_config.json"
 
 
 class GenerationConfig:
-    """The options of generate(); unknown keywords become attributes, as in transformers."""
+    """The options of generate(); unknown keywords become attributes, as in transformers.
+
+    Errors: ValueError for options that contradict each other.
+    """
 
     max_length: Any
     max_new_tokens: Any
@@ -97,8 +109,10 @@ class GenerationConfig:
             setattr(self, name, kwargs.pop(name, copy.copy(default)))
         self._from_model_config = bool(kwargs.pop("_from_model_config", False))
         kwargs.pop("transformers_version", None)
-        for name, value in kwargs.items():
-            setattr(self, name, value)
+        if not self._from_model_config:  # what else a model's configuration holds is none
+            for name, value in kwargs.items():
+                setattr(self, name, value)
+        self._check_values()
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"GenerationConfig has no option {name!r}")
@@ -111,20 +125,35 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any
-    ) -> GenerationConfig:
-        """Read generation_config.json of a folder or a bundled checkpoint; keywords override."""
-        values = read_json(locate(pretrained_model_name, weights=False) / FILE)
-        return cls(**{**values, **kwargs})
+        cls,
+        pretrained_model_name: str | os.PathLike[str],
+        config_file_name: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Read generation_config.json, or another file, of a checkpoint; keywords override.
+
+        revision, subfolder, cache_dir, token, local_files_only and force_download say where.
+        return_unused_kwargs as in `from_dict`. Errors: OSError; ConfigError; ValueError.
+        """
+        place, rest = split_options(kwargs)
+        folder = locate(pretrained_model_name, weights=False, **place)
+        return cls.from_dict(read_json(folder / (config_file_name or FILE)), **rest)
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> GenerationConfig:
-        """The options of a generation_config.json; keywords override."""
-        return cls(**{**config_dict, **kwargs})
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The options of a generation_config.json; keywords override.
+
+        With `return_unused_kwargs` the result is (options, keywords that did not become any).
+        """
+        options = cls(**{**config_dict, **kwargs})
+        unused = options.update(**kwargs)
+        return (options, unused) if return_unused_kwargs else options
 
     def to_dict(self) -> dict[str, Any]:
-        """All options."""
-        return copy.deepcopy(vars(self))
+        """All options, and the version of the format."""
+        return {**copy.deepcopy(vars(self)), "transformers_version": FORMAT_VERSION}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The options that are not at their defaults: what the file holds."""
@@ -134,16 +163,31 @@ class GenerationConfig:
             changed.pop("_from_model_config")
         return changed
 
-    def to_json_string(self, use_diff: bool = True) -> str:
+    def to_json_string(self, use_diff: bool = True, ignore_metadata: bool = False) -> str:
         """JSON with sorted keys, indented by 2, ending in a newline."""
         values = self.to_diff_dict() if use_diff else self.to_dict()
+        if ignore_metadata:
+            values = {name: value for name, value in values.items() if name not in _METADATA}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write generation_config.json into a folder, which is created."""
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `to_json_string` into a file, all of it or nothing."""
+        text = self.to_json_string(use_diff)
+        write_atomically(json_file_path, text.encode("utf-8"), overwrite=True)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        config_file_name: str | os.PathLike[str] | None = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write generation_config.json, or another file, into a folder, which is created.
+
+        Errors: NotImplementedError for `push_to_hub`; OSError.
+        """
+        refuse_upload(push_to_hub)
         os.makedirs(save_directory, exist_ok=True)
-        text = self.to_json_string().encode("utf-8")
-        write_atomically(Path(save_directory) / FILE, text, overwrite=True)
+        self.to_json_file(Path(save_directory) / (config_file_name or FILE))
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set known options; returns the keywords that are none."""
@@ -158,40 +202,53 @@ class GenerationConfig:
     def validate(self) -> None:
         """Errors: ValueError for options that contradict each other, NotImplementedError.
 
-        Options of sampling that have no effect without `do_sample` give a UserWarning.
+        Options that have no effect without `do_sample`, or with one beam, give a UserWarning.
         """
         for name, allowed in _NOT_IMPLEMENTED.items():
             if getattr(self, name) not in allowed:
                 raise NotImplementedError(f"generate() has no {name} here")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(
-                f"`early_stopping` must be a boolean or 'never', but is {self.early_stopping}."
-            )
         for name in ("num_beams", "num_return_sequences"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` has to be an integer of at least 1, but is {value!r}")
-        if self.num_beams == 1 and not self.do_sample and self.num_return_sequences > 1:
-            raise ValueError(
-                "Greedy methods without beam search do not support `num_return_sequences` "
-                f"different than 1 (got {self.num_return_sequences})."
-            )
-        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
-            raise ValueError(
-                f"`num_return_sequences` ({self.num_return_sequences}) has to be smaller or equal "
-                f"to `num_beams` ({self.num_beams})."
-            )
+        self._check_values()
         self._check_groups()
         if self.guidance_scale not in (None, 1) and self.num_beams > 1:
             raise NotImplementedError("guidance_scale works with one beam only")
-        if self.contrasts() and (self.output_attentions or self.output_hidden_states):
-            raise NotImplementedError("contrastive search does not return what the model computed")
         self._warn_of_idle_options()
 
     def contrasts(self) -> bool:
         """Whether these options ask for contrastive search."""
         alone = self.num_beams == 1 and not self.do_sample
         return bool(alone and self.penalty_alpha and self.top_k and self.top_k > 1)
+
+    def _check_values(self) -> None:
+        """What 4.37.2 checks at once, before the options are used.
+
+        A group penalty that one beam ignores does not matter until then.
+        """
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                f"`early_stopping` must be a boolean or 'never', but is {self.early_stopping}."
+            )
+        if self.num_beams not in (None, 1):
+            self._check_groups()
+        if self.num_beams == 1 and not self.do_sample and self.num_return_sequences > 1:
+            raise ValueError(
+                "Greedy methods without beam search do not support `num_return_sequences` "
+                f"different than 1 (got {self.num_return_sequences})."
+            )
+        if self.num_beams not in (None, 1) and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"`num_return_sequences` ({self.num_return_sequences}) has to be smaller or equal "
+                f"to `num_beams` ({self.num_beams})."
+            )
+        for name in _NO_OPTIONS:
+            if name in vars(self):
+                raise ValueError(
+                    f"Argument `{name}` is not a valid argument of `GenerationConfig`. It should "
+                    "be passed to `generate()` directly."
+                )
 
     def _check_groups(self) -> None:
         groups, penalty = self.num_beam_groups or 1, self.diversity_penalty or 0.0
@@ -210,9 +267,18 @@ class GenerationConfig:
     def _warn_of_idle_options(self) -> None:
         idle = [] if self.do_sample else [n for n in _SAMPLING_ONLY if self._differs(n)]
         for name in idle:
+            if name == "top_k" and self.penalty_alpha is not None:
+                continue  # contrastive search has that many candidates
             warnings.warn(
                 f"`do_sample` is False, but `{name}` is {getattr(self, name)}: it has an effect "
                 "only when tokens are drawn at random. Set `do_sample=True`, or leave it out.",
+                stacklevel=5,
+            )
+        idle = [] if self.num_beams > 1 else [n for n in _BEAMS_ONLY if self._differs(n)]
+        for name in idle:
+            warnings.warn(
+                f"`num_beams` is 1, but `{name}` is {getattr(self, name)}: it has an effect only "
+                "in beam search. Set `num_beams` to more, or leave it out.",
                 stacklevel=5,
             )
 
@@ -220,9 +286,12 @@ class GenerationConfig:
         return getattr(self, name) not in (None, DEFAULTS[name])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, GenerationConfig) and vars(self) == vars(other)
+        if not isinstance(other, GenerationConfig):
+            return False
+        mine, theirs = ({**vars(c), "_from_model_config": None} for c in (self, other))
+        return mine == theirs
 
     __hash__ = None  # type: ignore[assignment]  # it can change
 
     def __repr__(self) -> str:
-        return f"GenerationConfig {self.to_json_string()}"
+        return f"GenerationConfig {self.to_json_string(ignore_metadata=True)}"

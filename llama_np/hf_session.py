@@ -122,6 +122,20 @@ class Session:
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         self.following = self.following[rows]
 
+    def select_traced(self, rows: np.ndarray) -> None:
+        """Keep the given rows of what was traced in the latest pass."""
+        for steps in (self.attentions, self.hidden_states):
+            if steps is not None:
+                steps[-1] = tuple(array[rows] for array in steps[-1])
+
+    def forget_last(self) -> None:
+        """Forget the latest pass over one token: its keys, values and traces."""
+        if self.cache is not None:
+            self.cache.crop(self.cache.length - 1)
+        for steps in (self.attentions, self.hidden_states):
+            if steps is not None:
+                steps.pop()
+
     def repeat(self, count: int) -> None:
         """Every row `count` times, neighbours of each other; what was traced, too."""
         self.select(np.repeat(np.arange(len(self.mask)), count))

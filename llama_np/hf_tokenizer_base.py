@@ -31,6 +31,7 @@ from llama_np.hf_encoding import (
     token_from_file,
     truncate,
 )
+from llama_np.hf_loading import refuse_upload, split_options
 from llama_np.tokenizer import (
     MAX_JSON_BYTES,
     MAX_MODEL_BYTES,
@@ -736,10 +737,11 @@ class LlamaTokenizerBase:
     ) -> Any:
         """A tokenizer from a checkpoint folder, a bundled name, a file, or owner/name on the hub.
 
-        Keywords override the files. Errors: OSError; TokenizerError for malformed files.
+        revision, subfolder, cache_dir, token, local_files_only and force_download say where;
+        other keywords override the files. Errors: OSError; TokenizerError for malformed files.
         """
         name = pretrained_model_name_or_path
-        name = name if revision is None else f"{name}@{revision}"
+        place, options = split_options({"revision": revision, **options})
         path = Path(name)
         if path.is_file() and path.suffix in (".gguf", ".bin", ".safetensors"):
             with tokenizer_folder(path) as folder:
@@ -750,7 +752,7 @@ class LlamaTokenizerBase:
             key = "tokenizer_file" if path.suffix == ".json" else "vocab_file"
             found, saved = {key: path}, cls._saved(None, options)
         else:
-            folder = locate(name, weights=False)
+            folder = locate(name, weights=False, **place)
             files = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
             found = {key: folder / file for key, file in files.items() if (folder / file).exists()}
             saved = cls._saved(folder, options)
@@ -796,8 +798,10 @@ class LlamaTokenizerBase:
         save_directory: str | os.PathLike[str],
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
+        push_to_hub: bool = False,
     ) -> tuple[str, ...]:
         """Write all that `from_pretrained` reads back into a folder; the paths written."""
+        refuse_upload(push_to_hub)
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(20, "expected a folder", str(folder))

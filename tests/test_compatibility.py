@@ -323,6 +323,59 @@ def test_a_checkpoint_loads_with_another_configuration_and_mapped_or_read(tmp_pa
     assert LlamaForCausalLM.from_pretrained(tmp_path).dtype == np.float32
 
 
+WHERE = {
+    "revision": "main", "subfolder": "inner", "cache_dir": "x", "token": "y", "use_auth_token": "z",
+    "local_files_only": True, "force_download": False, "resume_download": False, "proxies": None,
+    "trust_remote_code": False,
+}  # fmt: skip
+
+
+def test_every_class_is_loaded_with_the_keywords_that_say_where(tmp_path: Path) -> None:
+    tiny(vocab_size=300).save_pretrained(tmp_path / "inner")
+    LlamaTokenizer(MODEL).save_pretrained(tmp_path / "inner")
+    LlamaConfig(vocab_size=77).save_pretrained(tmp_path)  # must not be taken instead
+    options: dict[str, Any] = WHERE
+    assert LlamaConfig.from_pretrained(tmp_path, **options).vocab_size == 300
+    assert LlamaConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **options)[1] == {}
+    assert GenerationConfig.from_pretrained(tmp_path, **options)._from_model_config
+    for model in (LlamaModel, LlamaForCausalLM):
+        assert model.from_pretrained(tmp_path, **options).vocab_size == 300
+        named = model.from_pretrained(tmp_path, config=str(tmp_path), **options)
+        assert named.vocab_size == 300
+    for cls in TOKENIZERS:
+        assert (
+            cls.from_pretrained(tmp_path, **options).vocab_size == LlamaTokenizer(MODEL).vocab_size
+        )
+    elsewhere = options | {"subfolder": "nowhere"}
+    every: tuple[Any, ...] = (LlamaConfig, GenerationConfig, *MODELS, *TOKENIZERS)
+    for kind in every:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            kind.from_pretrained(tmp_path, **elsewhere)
+
+
+def test_what_can_only_have_one_value_is_taken_with_that_one(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(
+        tmp_path, True, None, print, push_to_hub=False, variant=None, token="x",
+        save_peft_format=False,
+    )  # fmt: skip
+    one_value: dict[str, Any] = {"load_in_8bit": False, "variant": None, "max_memory": {0: "1GB"}}
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype="float64", **one_value)
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    others: list[dict[str, Any]] = [{"load_in_8bit": True}, {"variant": "fp16"}]
+    for options in others:
+        with pytest.raises(NotImplementedError, match="from_pretrained has no"):
+            LlamaForCausalLM.from_pretrained(tmp_path, **options)
+    unsaved: list[dict[str, Any]] = [{"is_main_process": False}, {"variant": "fp16"}]
+    for options in [*unsaved, {"push_to_hub": True}]:
+        with pytest.raises(NotImplementedError, match="save_pretrained has no"):
+            model.save_pretrained(tmp_path, **options)
+    for small in (model.config, model.generation_config, LlamaTokenizer(MODEL)):
+        small.save_pretrained(tmp_path, push_to_hub=False)
+        with pytest.raises(NotImplementedError, match="push_to_hub"):
+            small.save_pretrained(tmp_path, push_to_hub=True)
+
+
 def test_several_labels_of_a_text_and_of_numbers_give_their_losses() -> None:
     three = tiny(LlamaForSequenceClassification, num_labels=3, pad_token_id=0)
     several = three(IDS, labels=np.array([[1.0, 0, 1], [0, 1, 0]]))
@@ -343,7 +396,7 @@ def scored(**options: Any) -> Any:
 
 
 def test_a_sequence_bias_is_added_where_its_sequence_would_end() -> None:
-    plain, biased = scored(), scored(sequence_bias={(14, 8): 2.5, (6,): -1.25, (9, 9): 7.0})
+    plain, biased = scored(), scored(sequence_bias={(14, 8): 2.5, (6,): -1.25, (9, 9): 7})
     expected = plain.scores[0].copy()
     expected[:, 6] -= 1.25
     expected[0, 8] += 2.5  # the first prompt ends with 14
@@ -400,6 +453,13 @@ def test_an_exponential_decay_makes_the_end_ever_likelier() -> None:
         close(scores[0, 30], logits[step, 30] + abs(logits[step, 30]) * grown)
 
 
+def test_an_exponential_decay_leaves_a_forbidden_end_forbidden() -> None:
+    options: dict[str, Any] = {"exponential_decay_length_penalty": (0, 1.5), "eos_token_id": 30}
+    out = scored(max_new_tokens=4, min_new_tokens=4, **options)
+    assert all(np.isneginf(scores[:, 30]).all() for scores in out.scores)
+    assert not any(np.isnan(scores).any() for scores in out.scores)
+
+
 def test_broken_scores_can_be_repaired_and_renormalized() -> None:
     state = tiny().state_dict() | {"model.norm.weight": np.full(24, np.nan)}
     repaired = scored(params=state, remove_invalid_values=True)
@@ -442,12 +502,56 @@ def test_the_options_of_generate_are_saved_read_and_compared(tmp_path: Path) -> 
     assert GenerationConfig.from_dict(config.to_dict()) == config
     GenerationConfig(temperature=0.5).save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.5
-    assert config.to_diff_dict() == {"max_new_tokens": 4, "note": "mine"}
+    version = {"transformers_version": "4.37.2"}
+    assert config.to_diff_dict() == {"max_new_tokens": 4, "note": "mine"} | version
+    assert repr(config) == 'GenerationConfig {\n  "max_new_tokens": 4,\n  "note": "mine"\n}\n'
     assert config.update(top_k=3, nonsense=1) == {"nonsense": 1}
     assert json.loads(config.to_json_string())["top_k"] == 3
     assert GenerationConfig.from_model_config(LlamaConfig(max_length=9)).max_length == 9
-    with pytest.raises(ValueError, match="early_stopping"):
-        GenerationConfig(early_stopping="soon").validate()
+    config.save_pretrained(tmp_path, "mine.json")
+    config.to_json_file(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == config.to_json_string()
+    for name in ("mine.json", "again.json"):
+        assert GenerationConfig.from_pretrained(tmp_path, name) == config
+    read, unused = GenerationConfig.from_pretrained(
+        tmp_path, "mine.json", return_unused_kwargs=True, top_k=7, revision="v2", cache_dir="x"
+    )
+    assert (read.top_k, unused) == (7, {})
+    assert read.to_diff_dict() == config.to_diff_dict() | {"top_k": 7}
+    derived = {"_from_model_config": True}  # such options become no others, as in 4.37.2
+    read, unused = GenerationConfig.from_dict(derived, return_unused_kwargs=True, mine=1)
+    assert (read, unused) == (GenerationConfig(), {"mine": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_stopping": "soon"},
+        {"num_return_sequences": 3},
+        {"num_return_sequences": 3, "num_beams": 2},
+        {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0},
+        {"num_beams": 4, "num_beam_groups": 2},
+        {"streamer": None},
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="|".join(options)):
+        GenerationConfig(**options)
+
+
+def test_arguments_of_generate_have_the_positions_of_4_37_2() -> None:
+    """inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
+    synced_gpus, assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask."""
+    one, options = IDS[:1], {"max_new_tokens": 4, "guidance_scale": 2.5}
+    negative = np.array([[4, 5]])
+    found = tiny().generate(
+        one, None, None, None, None, False, None, None, negative, np.array([[0, 1]]), **options
+    )
+    named = {"negative_prompt_ids": negative, "negative_prompt_attention_mask": np.array([[0, 1]])}
+    np.testing.assert_array_equal(found, tiny().generate(one, **named, **options))
+    with pytest.raises(NotImplementedError, match="synced_gpus"):
+        tiny().generate(one, synced_gpus=True)
 
 
 # ------------------------------------------------------------ facts about the tokenizers

@@ -76,6 +76,7 @@ def test_ids_and_scores_equal_what_transformers_recorded(case: Recorded) -> None
         case.assert_close("beam_indices", out.beam_indices)
 
 
+@pytest.mark.filterwarnings("ignore:`min_new_tokens` is")
 @pytest.mark.parametrize("case", FIRST_SCORES, ids=ids(FIRST_SCORES))
 def test_scores_before_a_draw_equal_what_transformers_recorded(case: Recorded) -> None:
     out = loaded(case.name).generate(**case.call_inputs(), **case.arguments, rng=0)
@@ -396,8 +397,13 @@ def test_options_that_make_no_sense_are_refused(
 
 
 def test_idle_options_are_pointed_out() -> None:
-    with pytest.warns(UserWarning, match="do_sample"):
-        tiny().generate(prompts(), max_new_tokens=1, temperature=0.5)
+    sampling_only: list[dict[str, Any]] = [{"temperature": 0.5}, {"top_k": 3}]
+    beams_only: list[dict[str, Any]] = [{"early_stopping": True}, {"length_penalty": 0.5}]
+    for options, switch in ((sampling_only, "do_sample"), (beams_only, "num_beams")):
+        for option in options:
+            with pytest.warns(UserWarning, match=switch):
+                tiny().generate(prompts(), max_new_tokens=1, **option)
+    tiny().generate(prompts(), max_new_tokens=1, penalty_alpha=0.5, top_k=3)  # not idle there
 
 
 def test_broken_logits_and_forbidden_vocabularies_are_errors() -> None:
@@ -489,6 +495,26 @@ def test_contrastive_search_weighs_probability_against_repetition() -> None:
     assert (found != greedy).any()
 
 
+def test_contrastive_search_returns_what_the_model_computed_for_the_written_text() -> None:
+    options: dict[str, Any] = {"output_attentions": True, "output_hidden_states": True}
+    out = tiny().generate(
+        prompts(), penalty_alpha=0.6, top_k=4, max_new_tokens=4, eos_token_id=None,
+        return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    plain = tiny()(out.sequences[:, :-1], **options)
+    assert len(out.scores) == len(out.attentions) == len(out.hidden_states) == 4
+    for layer in range(3):
+        steps = [step[layer] for step in out.hidden_states]
+        whole = np.concatenate(steps, axis=1)
+        np.testing.assert_allclose(whole, plain.hidden_states[layer], rtol=1e-9)  # float64 run
+    for layer, whole in enumerate(plain.attentions):
+        for step, found in enumerate(out.attentions):
+            rows = slice(5) if step == 0 else slice(4 + step, 5 + step)
+            np.testing.assert_allclose(found[layer], whole[:, :, rows, : 5 + step], rtol=1e-9)
+    assert out.past_key_values[0][0].shape[2] == 8  # all but the last token, as with greedy
+    np.testing.assert_allclose(out.past_key_values[1][0], plain.past_key_values[1][0], rtol=1e-9)
+
+
 # ------------------------------------------------------------------ beams
 
 
@@ -526,6 +552,18 @@ def test_sequence_scores_are_the_sums_of_their_tokens_scores(early_stopping: Any
     np.testing.assert_allclose(out.sequences_scores[exact], expected[exact], rtol=1e-5)
 
 
+def test_group_scores_are_the_sums_of_their_tokens_scores() -> None:
+    model = tiny()
+    out = model.generate(
+        prompts(), num_beams=6, num_beam_groups=3, diversity_penalty=1.0, num_return_sequences=6,
+        max_new_tokens=7, length_penalty=0.0, eos_token_id=None,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    chosen = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
+    # Totals are kept as float32.
+    np.testing.assert_allclose(out.sequences_scores, chosen.sum(axis=1), rtol=1e-5)
+
+
 def test_no_text_ends_with_an_eos_that_was_not_generated() -> None:
     found = tiny().generate(
         prompts(1), num_beams=2, max_new_tokens=9, pad_token_id=0, eos_token_id=22,
@@ -558,7 +596,7 @@ def listed(*texts: tuple[int, ...]) -> Any:
     return allowed
 
 
-TEXTS = ((5, 6, 2), (5, 7, 8, 2), (9, 2))
+TEXTS: tuple[tuple[int, ...], ...] = ((5, 6, 2), (5, 7, 8, 2), (9, 2))
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
@@ -620,6 +658,7 @@ def test_groups_of_beams_avoid_each_others_tokens() -> None:
 # ------------------------------------------------------------------ speculation
 
 
+@pytest.mark.filterwarnings("ignore:`min_new_tokens` is", "ignore:`do_sample` is False")
 @settings(QUICK, max_examples=20)
 @given(
     seed=st.integers(0, 50),
@@ -791,6 +830,71 @@ def test_defaults_in_config_json_count_as_in_old_checkpoints() -> None:
     model.generation_config.max_length = 8
     model.config.max_length = 12  # type: ignore[attr-defined]
     assert model.generate(prompts(), eos_token_id=None).shape == (2, 8)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": 9, "pad_token_id": 0},
+        {"num_beams": 3},
+        {"repetition_penalty": 1.7},
+        {"max_length": 9},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+    ],
+    ids=str,
+)
+def test_options_given_to_from_pretrained_are_defaults_of_generate(
+    saved: Path, options: dict[str, Any]
+) -> None:
+    without_file = LlamaForCausalLM(tiny().config, tiny().weights)
+    padded = np.concatenate([np.zeros((2, 2), int), prompts()], axis=1)  # seen, if no pad is known
+    expected = without_file.generate(padded, **options)
+    model = LlamaForCausalLM.from_pretrained(saved, dtype=np.float64, **options)
+    assert {name: getattr(model.generation_config, name) for name in options} == options
+    found = model.generate(padded)
+    assert type(found) is type(expected)
+    if isinstance(found, np.ndarray):
+        np.testing.assert_array_equal(found, expected)
+    else:
+        assert list(found) == list(expected)
+    assert not np.array_equal(without_file.generate(padded), found)
+
+
+def test_a_file_that_was_derived_from_the_configuration_follows_it_until_someone_changes_it(
+    saved: Path,
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(saved, dtype=np.float64)
+    assert model.generation_config._from_model_config
+    model.config.max_length = 9
+    assert model.generate(prompts(), eos_token_id=None).shape == (2, 9)
+    model.config.max_length = 11
+    assert model.generate(prompts(), eos_token_id=None).shape == (2, 11)
+    model.generation_config.max_length = 8
+    model.config.max_length = 12
+    assert model.generate(prompts(), eos_token_id=None).shape == (2, 8)
+    GenerationConfig(max_length=7, eos_token_id=22).save_pretrained(saved)
+    model = LlamaForCausalLM.from_pretrained(saved, dtype=np.float64)
+    model.config.max_length = 9
+    assert model.generate(prompts(), eos_token_id=None).shape == (2, 7)
+
+
+def test_what_spoils_a_text_is_pointed_out() -> None:
+    model, text = tiny(), prompts()
+    masked: dict[str, Any] = {"attention_mask": [[1] * 5, [1, 1, 1, 1, 0]]}
+    short = np.concatenate([text, [[3], [0]]], axis=1)
+    for words, options in ((text, masked), (short, {"pad_token_id": 0})):
+        with pytest.warns(UserWarning, match="right-padding was detected"):
+            model.generate(words, max_new_tokens=2, eos_token_id=None, **options)
+    least: list[dict[str, Any]] = [{"min_length": 8}, {"min_new_tokens": 3}]
+    for options in least:
+        with pytest.warns(UserWarning, match="takes a text of 8 tokens"):
+            model.generate(text, max_new_tokens=2, **options)
 
 
 def test_inputs_for_the_next_step_leave_out_what_is_cached() -> None:

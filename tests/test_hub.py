@@ -28,14 +28,20 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 def repository() -> dict[str, bytes]:
     """The bundled model, with files around it that must never be fetched."""
     files = {path.name: path.read_bytes() for path in locate("fairytales").iterdir()}
-    return files | {
-        "pytorch_model.bin": b"\x80\x04 a pickle",
-        "consolidated.00.pth": b"PK",
-        "training_args.bin": b"\x80",
-        "model.onnx": b"onnx",
-        "original/params.json": b"{}",
-        "original/consolidated.00.pth": b"PK",
-    }
+    inner = {f"inner/{name}": content for name, content in files.items()}
+    return (
+        files
+        | inner
+        | {
+            "pytorch_model.bin": b"\x80\x04 a pickle",
+            "consolidated.00.pth": b"PK",
+            "training_args.bin": b"\x80",
+            "model.onnx": b"onnx",
+            "inner/deeper/config.json": b"{}",
+            "original/params.json": b"{}",
+            "original/consolidated.00.pth": b"PK",
+        }
+    )
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -149,7 +155,7 @@ def test_a_checkpoint_comes_from_the_hub_without_its_pickles(tmp_path: Path) -> 
         fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
         assert {"config.json", "model.safetensors", "tokenizer.model"} <= fetched
         assert not any(name.endswith((".bin", ".pth", ".onnx")) for name in fetched)
-        assert not any("original" in path for path in asked)
+        assert not any("original" in path or "inner" in path for path in asked)
 
     # The server is gone: the cache answers.
     for extra in ({"HF_HUB_OFFLINE": "1"}, {}):
@@ -170,6 +176,22 @@ def test_a_revision_can_be_pinned(tmp_path: Path) -> None:
         code = "from llama_np.checkpoint import locate; print(locate('owner/tales@v2').name)"
         result = run_with_hub(url, tmp_path, code)
         assert result.stdout.strip() == COMMITS["v2"], result.stderr
+
+
+def test_every_class_looks_up_the_given_revision_and_subfolder(tmp_path: Path) -> None:
+    code = f"""
+from llama_np import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+options = dict(revision="v2", subfolder="inner", cache_dir={str(tmp_path / "mine")!r}, token="t")
+for cls in (LlamaConfig, LlamaTokenizer, LlamaForCausalLM, GenerationConfig):
+    print(type(cls.from_pretrained("owner/tales", **options)).__name__)
+"""
+    with hub_server() as (url, asked):
+        result = run_with_hub(url, tmp_path / "home", code)
+        assert result.stdout.split()[:3] == ["LlamaConfig", "LlamaTokenizer", "LlamaForCausalLM"]
+        resolved = [path for path in asked if "/resolve/" in path]
+        assert all(f"/resolve/{COMMITS['v2']}/inner/" in path for path in resolved), resolved
+        assert not any("deeper" in path for path in asked)
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "home" / "hub").exists()
 
 
 def test_the_command_line_takes_the_same_names(tmp_path: Path) -> None:

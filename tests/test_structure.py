@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports only from the lines above its own, so that each can be read
 # knowing only what stands above it.
 LEVELS = [
-    "activations errors hf_outputs hf_streamers memory precision tap terminal threads",
+    "activations errors hf_loading hf_outputs hf_streamers memory precision tap terminal threads",
     "files hf_encoding hub linear query_blocks",
     "config tokenizer weights workers",
     "cache chat_template gguf_file rope sentencepiece_model show torch_pickle",
