@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -403,6 +403,7 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             use_default_system_prompt=use_default_system_prompt,
             **options,
         )
+        self._said_normalized: dict[str, bool] = {}
         self._added = self.added_tokens_decoder
         self._register([AddedToken.of(added[i]) for i in sorted(added)])
         self._add_bos_token, self._add_eos_token = add_bos_token, add_eos_token
@@ -476,7 +477,12 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Added and special tokens by id."""
         added = self._tokenizer.get_added_tokens_decoder()
-        return {i: AddedToken.of(added[i]) for i in sorted(added)}
+        listed = {i: AddedToken.of(added[i]) for i in sorted(added)}
+        said = self._said_normalized
+        return {
+            i: replace(token, normalized=said.get(token.content, token.normalized))
+            for i, token in listed.items()
+        }
 
     def get_vocab(self) -> dict[str, int]:
         """Every token's id, added tokens included."""
@@ -494,11 +500,22 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             count += bool(token.content) and token != old
             # A string says nothing about flags: it does not make a control token a plain one.
             if old is None or not isinstance(given, str):
-                made.append(library.AddedToken(**asdict(token)))
+                made.append(library.AddedToken(**asdict(self._as_found(token, special))))
         add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
         add(made)
         self._added = self.added_tokens_decoder
         return count
+
+    def _as_found(self, token: AddedToken, special: bool) -> AddedToken:
+        """A control token that is known keeps its way of being found, whatever a file lists.
+
+        Found after the normalizer had put "▁" in front of it, "</s>" would be found nowhere.
+        """
+        known = {t.content: t for t in self._tokenizer.get_added_tokens_decoder().values()}
+        if not special or token.content not in known:
+            return token
+        self._said_normalized[token.content] = bool(token.normalized)
+        return replace(token, normalized=known[token.content].normalized)
 
     def _token_to_id(self, token: str) -> Any:
         index = self._tokenizer.token_to_id(token)

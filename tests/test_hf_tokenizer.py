@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import LLAMA3_SPECIAL, byte_level_json, train_sentencepiece, write_folder
 
+from llama_np.checkpoint import locate
 from llama_np.errors import ChatTemplateError, TokenizerError
 from llama_np.hf_tokenizer import AddedToken, BatchEncoding, LlamaTokenizer, LlamaTokenizerFast
 
@@ -235,6 +237,19 @@ def test_normalized_follows_from_special_unless_it_was_given(
     assert slow.add_special_tokens({"mask_token": AddedToken("<mask>")}) == 1
     made = slow.special_tokens_map_extended["mask_token"]
     assert made == AddedToken("<mask>", normalized=True, special=True)
+
+
+def test_control_tokens_are_found_though_a_file_lists_them_as_normalized(tmp_path: Path) -> None:
+    # As 4.37.2's slow tokenizer saves those of LLaMA-1; its fast one finds them all the same.
+    folder = tmp_path / "model"
+    shutil.copytree(locate("fairytales"), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    for token in config["added_tokens_decoder"].values():
+        token["normalized"] = True
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = LlamaTokenizerFast.from_pretrained(folder)
+    assert tokenizer.tokenize("a</s><s>b")[1:3] == ["</s>", "<s>"]
+    assert all(token.normalized for token in tokenizer.added_tokens_decoder.values())
 
 
 def test_a_special_token_keeps_its_flags_in_a_checkpoint_without_tokenizer_config(
