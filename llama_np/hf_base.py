@@ -36,12 +36,15 @@ EMBEDDING = "model.embed_tokens.weight"
 # and those of which only one value means what happens here.
 _IDLE = frozenset(
     "device_map from_pt low_cpu_mem_usage max_memory offload_folder offload_state_dict "
-    "use_safetensors".split()
+    "use_safetensors _fast_init adapter_kwargs mirror".split()
 )
 _ONLY: dict[str, Any] = {
     "load_in_8bit": False,
     "load_in_4bit": False,
     "quantization_config": None,
+    "use_flash_attention_2": False,
+    "from_tf": False,
+    "from_flax": False,
     "variant": None,
     "state_dict": None,
 }
@@ -370,7 +373,7 @@ class LlamaPreTrainedModel:
         """Nothing to switch: there is no dropout. Returns the model."""
         return self
 
-    def to(self, *device: Any) -> Self:
+    def to(self, *device: Any, **options: Any) -> Self:
         """Everything stays in memory. Returns the model."""
         return self
 

@@ -297,7 +297,7 @@ def test_options_of_a_training_framework_are_refused_by_name() -> None:
             FlaxLlamaModel(LlamaConfig(**SIZES), **options)
     for name in ("from_flax", "from_tf"):
         loading: dict[str, Any] = {name: True}
-        with pytest.raises(TypeError, match=name):
+        with pytest.raises(NotImplementedError, match=name):
             FlaxLlamaModel.from_pretrained("fairytales", **loading)
 
 
@@ -359,7 +359,8 @@ def test_what_can_only_have_one_value_is_taken_with_that_one(tmp_path: Path) -> 
         tmp_path, True, None, print, push_to_hub=False, variant=None, token="x",
         save_peft_format=False,
     )  # fmt: skip
-    one_value: dict[str, Any] = {"load_in_8bit": False, "variant": None, "max_memory": {0: "1GB"}}
+    one_value: dict[str, Any] = {"load_in_8bit": False, "variant": None, "from_tf": False}
+    one_value |= {"max_memory": {0: "1GB"}, "_fast_init": True}  # and those without effect
     again = LlamaForCausalLM.from_pretrained(tmp_path, dtype="float64", **one_value)
     np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
     others: list[dict[str, Any]] = [{"load_in_8bit": True}, {"variant": "fp16"}]
