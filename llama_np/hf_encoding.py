@@ -104,6 +104,10 @@ class BatchEncoding(UserDict[str, Any]):
             return {name: value[key] for name, value in self.data.items()}
         raise KeyError(f"{key!r}: only a fast tokenizer's output can be indexed by number")
 
+    def to(self, *device: Any, **options: Any) -> BatchEncoding:
+        """Everything stays in memory. Returns itself."""
+        return self
+
     @property
     def is_fast(self) -> bool:
         """Whether the package `tokenizers` made it."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -671,9 +672,21 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             paths = super()._save_files(folder, True, prefix)
         if legacy_format is not True:
             path = folder / ((f"{prefix}-" if prefix else "") + "tokenizer.json")
-            self._tokenizer.save(str(path))
+            path.write_text(_portable(self._tokenizer.to_str()), encoding="utf-8")
             paths += (str(path),)
         return paths
+
+
+def _portable(tokenizer_json: str) -> str:
+    """A tokenizer.json that older libraries, such as that of 4.37.2, read too.
+
+    They know merge rules as "a b" only, which cannot spell pieces with spaces.
+    """
+    content = json.loads(tokenizer_json)
+    rules = content["model"].get("merges", [])
+    if not any(" " in piece for rule in rules for piece in rule):
+        content["model"]["merges"] = [" ".join(rule) for rule in rules]
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 @contextmanager

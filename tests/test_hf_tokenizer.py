@@ -239,6 +239,22 @@ def test_normalized_follows_from_special_unless_it_was_given(
     assert made == AddedToken("<mask>", normalized=True, special=True)
 
 
+def test_older_libraries_can_read_the_merge_rules_of_a_saved_tokenizer_json(
+    fast: LlamaTokenizerFast, tmp_path: Path
+) -> None:
+    # 4.37.2 comes with tokenizers 0.15, which knows them as "a b" only, not as ["a", "b"].
+    fast.save_pretrained(tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
+    assert rules and all(isinstance(rule, str) and rule.count(" ") == 1 for rule in rules)
+    again = LlamaTokenizerFast.from_pretrained(tmp_path)
+    assert again("A prince, 日本").input_ids == fast("A prince, 日本").input_ids
+
+
+def test_moving_an_encoding_to_a_device_changes_nothing(slow: LlamaTokenizer) -> None:
+    encoding = slow("a prince")
+    assert encoding.to("cpu") is encoding and encoding.to(device="cpu") is encoding
+
+
 def test_control_tokens_are_found_though_a_file_lists_them_as_normalized(tmp_path: Path) -> None:
     # As 4.37.2's slow tokenizer saves those of LLaMA-1; its fast one finds them all the same.
     folder = tmp_path / "model"
