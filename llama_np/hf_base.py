@@ -67,12 +67,36 @@ class _Weights:
 class Module:
     """One matrix of a model as an object: what get_input_embeddings and its kin return."""
 
-    def __init__(self, weight: Array, apply: Callable[[Array, Array], Array]) -> None:
-        self.weight = weight
-        self._apply = apply
+    def __init__(
+        self,
+        read: Callable[[], Array],
+        replace: Callable[[Array], None],
+        apply: Callable[[Array, Array], Array],
+    ) -> None:
+        self._read, self._replace, self._apply = read, replace, apply
+
+    @property
+    def weight(self) -> Array:
+        """The matrix; read-only where it is a file's, or a float32 copy of bfloat16.
+
+        Assign a changed copy: `module.weight = changed`.
+        """
+        return _shown(self._read())
+
+    @weight.setter
+    def weight(self, value: Array) -> None:
+        self._replace(value)
 
     def __call__(self, x: Array) -> Array:
         return self._apply(np.asarray(x), self.weight)
+
+
+def _shown(array: Array) -> Array:
+    """Weights as numbers; changing what is only a copy of bfloat16 would change nothing."""
+    numbers = widen(array)
+    if numbers is not array:
+        numbers.flags.writeable = False
+    return numbers
 
 
 class LlamaPreTrainedModel:
@@ -153,8 +177,16 @@ class LlamaPreTrainedModel:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The weights under the name that Flax models give them; hand them back as `params=`."""
+        """The weights under the name that Flax models give them; hand them back as `params=`.
+
+        Assigning takes every layout that the functions take, and a tree of Flax parameters.
+        """
         return self._weights.groups
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        groups = self._groups(hf_weights.flatten(params))
+        self._weights = _Weights(lambda: groups)
 
     @property
     def dtype(self) -> Any:
@@ -227,14 +259,14 @@ class LlamaPreTrainedModel:
         shapes = self._shapes()
         read.check_memory(self._precision, folder)
         if read.mismatched and not ignore_mismatched:
-            name = read.mismatched[0]
+            name, found, expected = read.mismatched[0]
             raise CheckpointError(
-                f"{str(folder)!r}: the shape of {name!r} is not {shapes[name]}, as the "
+                f"{str(folder)!r}: the shape of {name!r} is {found}, not {expected}, as the "
                 "configuration expects (ignore_mismatched_sizes=True draws it anew)",
                 folder,
                 name,
             )
-        fresh = [*read.missing, *read.mismatched]
+        fresh = [*read.missing, *(name for name, _, _ in read.mismatched)]
         if self._core.tie_word_embeddings and EMBEDDING in read.tensors:
             fresh = [name for name in fresh if name != "lm_head.weight"]
         if fresh:
@@ -243,8 +275,9 @@ class LlamaPreTrainedModel:
                 f"initialized: {fresh[:10]}. Train them before you trust what they say.",
                 stacklevel=3,
             )
-        if read.unexpected:
-            warnings.warn(f"{str(folder)!r}: ignored {read.unexpected[:10]}", stacklevel=3)
+        unknown = [name for name in read.unexpected if name not in hf_weights.HEADS]
+        if unknown:
+            warnings.warn(f"{str(folder)!r}: ignored {unknown[:10]}", stacklevel=3)
         drawn = {name: self._random(name, shapes[name]) for name in fresh}
         groups = self._groups(read.arrays(self._precision) | drawn)
         self._weights = _Weights(lambda: groups)
@@ -295,7 +328,7 @@ class LlamaPreTrainedModel:
 
     def state_dict(self) -> dict[str, Array]:
         """Every weight under Hugging Face's name; a tied head is listed, and shared."""
-        return {name: widen(array) for name, array in self._flat().items()}
+        return {name: _shown(array) for name, array in self._flat().items()}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; a tied matrix counts once, and all are trainable."""
@@ -310,13 +343,13 @@ class LlamaPreTrainedModel:
 
     def get_input_embeddings(self) -> Module:
         """The embedding: `.weight` (V, D), and a call looks token ids up."""
-        return Module(widen(self.weights[EMBEDDING]), embed)
+        return Module(lambda: self.weights[EMBEDDING], self.set_input_embeddings, embed)
 
     def get_output_embeddings(self) -> Module | None:
         """The language model head: `.weight` (V, D); None where there is none."""
         if self._head != "lm_head.weight":
             return None
-        return Module(widen(self.weights["lm_head.weight"]), linear)
+        return Module(lambda: self.weights["lm_head.weight"], self.set_output_embeddings, linear)
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the embedding by an array (V, D) or an object with such a `.weight`."""
@@ -335,6 +368,8 @@ class LlamaPreTrainedModel:
 
     def tie_weights(self) -> None:
         """Make the head the embedding again, if the configuration ties them."""
+        if self.config.tie_word_embeddings != self._core.tie_word_embeddings:
+            self._core = self.config.core(rope_angles=self._angles())
         if self._core.tie_word_embeddings and self._head == "lm_head.weight":
             self.weights["lm_head.weight"] = self.weights[EMBEDDING]
 

@@ -127,7 +127,7 @@ class Read:
     tensors: dict[str, Stored]
     stored_dtype: str
     missing: list[str]
-    mismatched: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, found, expected
     unexpected: list[str]
 
     def arrays(self, precision: Precision) -> dict[str, np.ndarray]:
@@ -145,18 +145,21 @@ class Read:
 def read_weights(path: Path, config: Config, head: str | None, mmap: bool) -> Read:
     """Read what a model with this head needs. Errors: OSError, CheckpointError."""
     stored = read_folder(path, mmap)
+    shapes = wanted_shapes(config, head)
+    other_heads = [name for name in HEADS if name in stored and name not in shapes]
     if head != "lm_head.weight":  # a tied head's values win only where there is a head
         stored = {name: t for name, t in stored.items() if name != "lm_head.weight"}
     named = canonical_names(stored, config)
-    shapes = wanted_shapes(config, head)
     present = {name: named[name] for name in shapes if name in named}
     floats = [t.dtype for t in stored.values() if t.dtype in _TORCH_NAMES]
     return Read(
         tensors={name: t for name, t in present.items() if t.shape == shapes[name]},
         stored_dtype=_TORCH_NAMES[floats[0]] if floats else "float32",
         missing=[name for name in shapes if name not in named],
-        mismatched=[name for name, t in present.items() if t.shape != shapes[name]],
-        unexpected=[name for name in named if name not in shapes and name not in HEADS],
+        mismatched=[
+            (name, t.shape, shapes[name]) for name, t in present.items() if t.shape != shapes[name]
+        ],
+        unexpected=[n for n in named if n not in shapes and n not in HEADS] + other_heads,
     )
 
 

@@ -295,6 +295,9 @@ def test_options_of_a_training_framework_are_refused_by_name() -> None:
         options: dict[str, Any] = {name: None}
         with pytest.raises(TypeError, match=name):
             FlaxLlamaModel(LlamaConfig(**SIZES), **options)
+    for name in ("backward", "half", "parameters", "to_bf16", "update_inputs_for_generation"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(tiny(), name)
     for name in ("from_flax", "from_tf"):
         loading: dict[str, Any] = {name: True}
         with pytest.raises(NotImplementedError, match=name):

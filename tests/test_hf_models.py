@@ -523,7 +523,8 @@ def test_a_tied_head_survives_saving(tmp_path: Path) -> None:
 def test_a_bare_model_and_a_model_with_a_head_load_into_each_other(tmp_path: Path) -> None:
     whole, tokens = tiny(), random_ids()
     whole.save_pretrained(tmp_path / "whole")
-    base = LlamaModel.from_pretrained(tmp_path / "whole")
+    base, info = LlamaModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert info["unexpected_keys"] == ["lm_head.weight"]
     assert_same(base(tokens).last_hidden_state, whole.model(tokens).last_hidden_state, 0)
     base.save_pretrained(tmp_path / "base")
     assert not any(name.startswith("model.") for name in base.state_dict())
@@ -544,8 +545,11 @@ def test_shapes_that_differ_are_refused_or_drawn_anew(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="score"):
         load(tmp_path, num_labels=4)
     with pytest.warns(UserWarning, match="newly initialized"):
-        model = load(tmp_path, num_labels=4, ignore_mismatched_sizes=True)
+        model, info = load(
+            tmp_path, num_labels=4, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     assert model(random_ids()).logits.shape == (3, 4)
+    assert info["mismatched_keys"] == [("score.weight", (5, 24), (4, 24))]
 
 
 def test_unknown_keywords_and_formats_are_refused(tmp_path: Path) -> None:
@@ -584,9 +588,40 @@ def test_embeddings_can_be_resized_and_replaced() -> None:
     assert tiny("LlamaModel").get_output_embeddings() is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_changed_embedding_is_assigned_and_never_lost(dtype: str) -> None:
+    model, tokens = tiny(dtype=dtype), random_ids()
+    module = model.get_input_embeddings()
+    if dtype == "bfloat16":
+        for copy in (module.weight, model.state_dict()["model.embed_tokens.weight"]):
+            with pytest.raises(ValueError, match="read-only"):
+                copy[5] = 0
+    changed = module.weight.copy()
+    changed[5] = 0
+    module.weight = changed
+    assert_same(model.get_input_embeddings().weight, changed, 0)
+    assert (model(tokens * 0 + 5, output_hidden_states=True).hidden_states[0] == 0).all()
+
+
+def test_weights_can_be_tied_later() -> None:
+    model = tiny()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.weights["lm_head.weight"] is model.weights["model.embed_tokens.weight"]
+    assert model.num_parameters() == tiny(tie_word_embeddings=True).num_parameters()
+
+
+def test_params_can_be_assigned() -> None:
+    model, other, tokens = tiny(), tiny(seed=5), random_ids()
+    model.params = other.params
+    assert_same(model(tokens).logits, other(tokens).logits, 0)
+    with pytest.raises(CheckpointError, match="lm_head"):
+        model.params = tiny("LlamaModel").params
+
+
 def test_what_torch_models_have_does_no_harm() -> None:
     model = tiny()
-    assert model.eval() is model.train() is model.to("cpu") is model
+    assert model.eval() is model.train() is model.to("cpu") is model.to(device="cpu") is model
     assert model.device == "cpu"
     assert model.get_decoder().weights is model.base_model.weights is model.weights
     assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - 41 * 24
