@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def meta_source(
     heads = config["num_attention_heads"], config["num_key_value_heads"]
     renamed = {_hugging_face_name(name): tensor for name, tensor in joined.items()}
     tensors = {name: reorder_heads(name, tensor, *heads) for name, tensor in renamed.items()}
-    return Source(config, tensors, lambda: _tokenizer_files(folder))
+    return Source(config, tensors, lambda: _tokenizer_files(folder) | _generation_file(config))
 
 
 def _hugging_face_name(name: str) -> str:
@@ -182,8 +183,29 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
             content = read_bounded(place / "tokenizer.model", MAX_TOKENIZER_BYTES)
             if looks_like_tiktoken(content):
                 return tokenizer_json(content, repr(str(place / "tokenizer.model")))
-            return {"tokenizer.model": content}
+            return {"tokenizer.model": content} | _tokenizer_settings()
     return {}
+
+
+def _tokenizer_settings() -> dict[str, bytes]:
+    """What transformers writes beside the tokenizer.model of LLaMA 1 and 2."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    settings |= {"add_bos_token": True, "add_eos_token": False}
+    return {
+        "tokenizer_config.json": _json(settings | names),
+        "special_tokens_map.json": _json(names),
+    }
+
+
+def _generation_file(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Defaults of generate(), marked as what follows from the configuration anyway."""
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    return {"generation_config.json": _json({"_from_model_config": True} | ids)}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
 def params_of(config: Config) -> dict[str, Any]:

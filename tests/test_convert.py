@@ -114,6 +114,26 @@ def test_the_configuration_follows_from_params_json(tmp_path: Path) -> None:
     assert config.rope_scaling["rope_type"] == "llama3"
 
 
+def test_the_small_files_that_transformers_writes_come_along(tmp_path: Path) -> None:
+    meta_folder(tmp_path / "meta", PARAMS)
+    (tmp_path / "tokenizer.model").write_bytes(b"any vocabulary of SentencePiece")
+    convert(tmp_path / "meta", tmp_path / "hf")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    settings |= {"add_bos_token": True, "add_eos_token": False}
+    expected = {
+        "tokenizer_config.json": settings | names,
+        "special_tokens_map.json": names,
+        "generation_config.json": {
+            "_from_model_config": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    }
+    for name, content in expected.items():
+        assert json.loads((tmp_path / "hf" / name).read_text()) == content
+
+
 @pytest.mark.parametrize(
     "params, width",
     [
