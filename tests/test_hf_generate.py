@@ -888,7 +888,8 @@ def test_what_spoils_a_text_is_pointed_out() -> None:
     model, text = tiny(), prompts()
     masked: dict[str, Any] = {"attention_mask": [[1] * 5, [1, 1, 1, 1, 0]]}
     short = np.concatenate([text, [[3], [0]]], axis=1)
-    for words, options in ((text, masked), (short, {"pad_token_id": 0})):
+    padded: dict[str, Any] = {"pad_token_id": 0}
+    for words, options in ((text, masked), (short, padded)):
         with pytest.warns(UserWarning, match="right-padding was detected"):
             model.generate(words, max_new_tokens=2, eos_token_id=None, **options)
     least: list[dict[str, Any]] = [{"min_length": 8}, {"min_new_tokens": 3}]
