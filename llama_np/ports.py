@@ -469,13 +469,15 @@ def _row_readings(
         return by_token.reshape(B, n, heads, H).swapaxes(1, 2)
 
     core = _without_ones(batched.shape, B)
+    found = []
     if core in ((B, n, width), (n, width), (B * n, width), (width,)):
-        yield placed(values), "heads flat" if axes[-1] == "H" else ""
+        found.append((placed(values), "heads flat" if axes[-1] == "H" else ""))
     elif in_heads and core in ((B, n, heads, H), (n, heads, H)):
-        yield placed(values), "heads split" if axes[-1] != "H" else "tokens before heads"
+        found.append((placed(values), "tokens before heads" if axes[-1] == "H" else "heads split"))
     if in_heads and core in ((B, heads, n, H), (heads, n, H)):
         by_head = values.reshape(B, heads, n, H).swapaxes(1, 2)
-        yield placed(by_head), "" if axes[-1] == "H" else "heads before tokens"
+        found.append((placed(by_head), "" if axes[-1] == "H" else "heads before tokens"))
+    yield from sorted(found, key=lambda reading: reading[1] != "")  # both fit if n == heads
 
 
 def _without_ones(shape: tuple[int, ...], B: int) -> tuple[int, ...]:

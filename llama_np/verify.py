@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -477,11 +478,13 @@ def _products_agree(state: _Settling, layer: int) -> bool | None:
     names = [n for n in (q_name, k_name, full_name(layer, "self_attn.scores"))
              if n in golden.tensors]  # fmt: skip
     limit = max(limit_base(golden, name, state.port.precision) for name in names)
-    pairs = zip(views(q_name, q_array, golden), views(k_name, k_array, golden), strict=False)
+    pairs = product(views(q_name, q_array, golden), views(k_name, k_array, golden))
     return any(
         error(_products(q.values, k.values, golden), truth) <= 4 * limit
         for q, k in pairs
-        if q.values.shape == q_gold.shape and k.values.shape == k_gold.shape
+        if q.layout == k.layout
+        and q.values.shape == q_gold.shape
+        and k.values.shape == k_gold.shape
     )
 
 

@@ -14,11 +14,13 @@ from golden_models import IDS, dump, golden, mistaken, plain, tiny
 from llama_np.errors import CheckpointError, VerificationError
 from llama_np.experiment import BFLOAT16, FLOAT16, FLOAT32, honest_runs, row_axis
 from llama_np.layers import merge_heads
+from llama_np.mistakes import BY_ID, variants
 from llama_np.ports import possible_names, read_port, to_interleaved
 from llama_np.precision import to_bf16
 from llama_np.report import html_page
 from llama_np.scalars import scalar_lines, signed_sum, signs, verify_scalars
-from llama_np.trace import record
+from llama_np.trace import record as record_golden
+from llama_np.trace import run_of
 from llama_np.verify import Report, compare, hint, verify
 from llama_np.weights import Stored, save_tensors
 
@@ -191,6 +193,18 @@ def test_other_layouts_pass_and_mistakes_in_them_do_not(layout: str) -> None:
         )
 
 
+@pytest.mark.parametrize("axis", ["num_attention_heads", "num_key_value_heads"])
+def test_as_many_tokens_as_heads_are_read_as_recorded_if_in_doubt(axis: str) -> None:
+    short = record_golden(tiny(), IDS[: getattr(tiny()[0], axis)], decode=0)
+    run, swap = run_of(short, tiny()[1]), LAYOUTS["tokens before heads"]
+    right, wrong = dump(run), dump(variants(BY_ID["rope_reversed"], run)[0])
+    for arrays in (right, {name: swap(name, array) for name, array in right.items()}):
+        assert verify(short, arrays, check=False).verdict == "pass"
+    name = f"model.layers.0.self_attn.{'q' if axis == 'num_attention_heads' else 'k'}_rot"
+    [found] = [f for f in verify(short, wrong, check=False).findings if f.tensor == name]
+    assert (found.status, found.position) == ("fail", 1)  # nothing is turned at position 0
+
+
 ROTATED = ("q_proj", "k_proj", "q_rot", "k_rot", "cos", "sin")
 
 
@@ -288,7 +302,7 @@ def test_what_is_broken_fails(how: str) -> None:
 def test_another_models_dump_fails() -> None:
     from models import tiny_model
 
-    other = record(tiny_model(np.float32, seed=5), IDS, decode=4)
+    other = record_golden(tiny_model(np.float32, seed=5), IDS, decode=4)
     assert judged(dict(other.tensors)).verdict == "fail"
 
 
@@ -461,7 +475,7 @@ def test_scalars_show_mistakes(name: str) -> None:
 
 
 def test_a_batch_with_padding_is_compared_without_the_padding() -> None:
-    truth = record(tiny(), [IDS, IDS[:5]], decode=2)
+    truth = record_golden(tiny(), [IDS, IDS[:5]], decode=2)
     arrays = {name: array.copy() for name, array in truth.tensors.items()}
     arrays["model.layers.1"][1, :7] = 99
     arrays["model.layers.1.self_attn.scores"][1, :, :7] = np.nan
