@@ -9,6 +9,7 @@ every other one; the tests prove that.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from llama_np.checkpoint import load_tokenizer
 from llama_np.config import Config, config_from_dict
 
 UNKNOWN = "no known mistake does this"
+ROUNDED = "that is the size of rounding to float32: compute in the dtype of the arguments"
 
 Answer = Callable[..., Any]
 Inputs = Sequence[tuple[Any, ...]]
@@ -73,9 +75,14 @@ def check(name: str, attempt: Answer) -> Result:
 def examine(exercise: Exercise, attempt: Answer) -> Result:
     """`check` without printing."""
     cases = exercise.inputs()
+    if wrong_call := _wrong_call(attempt, cases[0]):
+        return Result(False, wrong_call)
     expected = [_arrays(exercise.reference(*_copies(case))) for case in cases]
     try:
-        found = [_arrays(attempt(*_copies(case))) for case in cases]
+        found = [
+            _arrays(attempt(*_copies(case)), parts=len(right))
+            for case, right in zip(cases, expected, strict=True)
+        ]
     except NotImplementedError:
         return Result(None, "not attempted")
     misshapen = [_wrong_shape(*pair, exercise.axes) for pair in zip(found, expected, strict=True)]
@@ -88,7 +95,8 @@ def examine(exercise: Exercise, attempt: Answer) -> Result:
     if error <= tolerance:
         return Result(True, "correct", details=details)
     mistake = _recognized(exercise, cases, found)
-    meaning = f"this is {mistake.id}: {mistake.explanation}" if mistake else UNKNOWN
+    rounding = ROUNDED if error < 1e-6 else UNKNOWN
+    meaning = f"this is {mistake.id}: {mistake.explanation}" if mistake else rounding
     details.append(f"  {meaning}")
     message = next(filter(None, misshapen), "not yet")
     return Result(False, message, mistake.id if mistake else None, details)
@@ -114,9 +122,19 @@ def _copies(case: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.copy() if isinstance(x, np.ndarray) else x for x in case)
 
 
-def _arrays(value: Any) -> list[np.ndarray]:
-    parts = value if isinstance(value, tuple) else (value,)
-    return [np.asarray(part) for part in parts]
+def _wrong_call(attempt: Answer, case: tuple[Any, ...]) -> str:
+    """What is wrong with the parameters of an attempt, if anything is."""
+    try:
+        inspect.signature(attempt).bind(*case)
+    except TypeError as error:
+        return f"it is called with {len(case)} arguments: {error}"
+    return ""
+
+
+def _arrays(value: Any, parts: int = 1) -> list[np.ndarray]:
+    """The result as a list of arrays; a list counts as a tuple where several are expected."""
+    several = isinstance(value, tuple) or (isinstance(value, list) and parts > 1)
+    return [np.asarray(part) for part in (value if several else (value,))]
 
 
 def _wrong_shape(mine: list[np.ndarray], theirs: list[np.ndarray], axes: str) -> str:
@@ -273,6 +291,9 @@ def _mean_square(x: np.ndarray, axis: int | None = -1) -> np.ndarray:
 
 NORM_MISTAKES = (
     Mistake(
+        "rms_eps_missing", "no eps is added", lambda x, w, eps: x / np.sqrt(_mean_square(x)) * w
+    ),
+    Mistake(
         "rms_eps",
         "eps is fixed (1e-6) instead of taken from the configuration",
         lambda x, w, eps: x / np.sqrt(_mean_square(x) + 1e-6) * w,
@@ -399,7 +420,8 @@ def _attend_inputs() -> Inputs:
     cases = []
     for B, K, G, T, S, H in ((2, 2, 3, 4, 4, 6), (1, 3, 2, 2, 5, 4), (2, 2, 2, 1, 3, 8)):
         positions = np.arange(S - T, S)[None]
-        visible = model.causal(positions, np.arange(S)[None])
+        visible = model.causal(positions, np.arange(S)[None]).repeat(B, axis=0)
+        visible[-1, :, :, : S - T : 2] = False  # the last text has padding and a hole
         q, k, v = _random(B, K * G, T, H), _random(B, K, S, H), _random(B, K, S, H, seed=9)
         cases.append((q, k, v, visible))
     return cases
@@ -411,6 +433,7 @@ def _attend_with(
     mask: bool = True,
     axis: int = -1,
     mask_after: bool = False,
+    own_mask: bool = False,
 ) -> Answer:
     """Attention with one thing changed, written with explicit copies of the key/value heads."""
 
@@ -420,6 +443,8 @@ def _attend_with(
             (lambda x: np.tile(x, (1, G, 1, 1))) if tile else (lambda x: x.repeat(G, axis=1))
         )
         scores = q @ repeat(k).swapaxes(2, 3) / scale(q)
+        if own_mask:
+            visible = np.tri(*scores.shape[2:], k.shape[2] - q.shape[2], dtype=bool)
         if mask and not mask_after:
             scores = np.where(visible, scores, -1e300)
         weights = np.exp(scores - scores.max(axis=axis, keepdims=True))
@@ -446,6 +471,11 @@ ATTEND_MISTAKES = (
         "attn_scale_h", "divided by H, not by its root", _attend_with(scale=lambda q: q.shape[3])
     ),
     Mistake("causal_mask_missing", "every token sees every other", _attend_with(mask=False)),
+    Mistake(
+        "visible_ignored",
+        "a causal mask of its own, which shows padding, instead of `visible`",
+        _attend_with(own_mask=True),
+    ),
     Mistake("mask_after_softmax", "masked after the softmax", _attend_with(mask_after=True)),
     Mistake("softmax_over_queries", "the softmax runs over the queries", _attend_with(axis=-2)),
     Mistake(

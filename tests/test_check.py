@@ -66,3 +66,22 @@ def test_the_names_of_mistakes_are_unique_within_an_exercise() -> None:
 def test_a_list_of_ids_is_an_answer_even_if_it_is_empty() -> None:
     right = EXERCISES["encode"].reference
     assert examine(EXERCISES["encode"], lambda *inputs: right(*inputs).tolist()).passed
+
+
+def test_several_results_may_come_as_a_list() -> None:
+    right = EXERCISES["store"].reference
+    assert examine(EXERCISES["store"], lambda *inputs: list(right(*inputs))).passed
+
+
+def test_missing_parameters_are_said() -> None:
+    result = examine(EXERCISES["rms_norm"], lambda x: x)
+    assert result.passed is False
+    assert "called with 3 arguments: too many positional arguments" in result.message
+
+
+def test_rounding_to_float32_is_recognized() -> None:
+    def narrow(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        return np.asarray(right(x.astype(np.float32), weight.astype(np.float32), eps))
+
+    right = EXERCISES["rms_norm"].reference
+    assert "rounding to float32" in examine(EXERCISES["rms_norm"], narrow).details[-1]
