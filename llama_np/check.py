@@ -444,7 +444,7 @@ def _attend_with(
         )
         scores = q @ repeat(k).swapaxes(2, 3) / scale(q)
         if own_mask:
-            visible = np.tri(*scores.shape[2:], k.shape[2] - q.shape[2], dtype=bool)
+            visible = np.tri(q.shape[2], k.shape[2], k.shape[2] - q.shape[2], dtype=bool)
         if mask and not mask_after:
             scores = np.where(visible, scores, -1e300)
         weights = np.exp(scores - scores.max(axis=axis, keepdims=True))
