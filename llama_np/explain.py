@@ -115,9 +115,10 @@ def _lines(found: Explanation) -> Iterator[str]:
     first = found.report.first_divergence
     if first is not None:
         yield f"first divergence: {first.tensor}, position {first.position}: {hint(found.report)}"
-    for c in found.causes:
+    for same in _synonyms(found.causes):
+        c, names = same[0], " = ".join(cause.mistake for cause in same)
         pair = f" (together with {c.together_with})" if c.together_with else ""
-        yield f"{c.mistake}{pair}: residual {c.residual:.1e}, yardstick {c.yardstick:.1e}"
+        yield f"{names}{pair}: residual {c.residual:.1e}, yardstick {c.yardstick:.1e}"
         yield f"  {c.cause}"
         yield f"  -> {c.advice}"
         if c.threads:
@@ -128,6 +129,14 @@ def _lines(found: Explanation) -> Iterator[str]:
         yield f"cannot be told from {found.report.precision} rounding: {', '.join(found.hidden)}"
     yield from found.notes
     yield f"verdict: {found.verdict}"
+
+
+def _synonyms(causes: Iterable[Cause]) -> list[list[Cause]]:
+    """Causes in groups: the catalogue knows some mistakes by two names."""
+    groups: dict[tuple[str, str], list[Cause]] = {}
+    for cause in causes:
+        groups.setdefault((cause.cause, cause.together_with), []).append(cause)
+    return list(groups.values())
 
 
 Target = tuple[slice, np.ndarray, str]  # rows of the truth, cleaned values, layout
