@@ -21,6 +21,7 @@ from llama_np.hf_auto import (
     AutoTokenizer,
 )
 from llama_np.hf_config import LlamaConfig
+from llama_np.hf_encoding import AddedToken, BatchEncoding
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
 from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast
@@ -34,11 +35,13 @@ __version__ = version("llama_np")
 keep_freed_memory()
 
 __all__ = [
+    "AddedToken",
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForSequenceClassification",
     "AutoTokenizer",
+    "BatchEncoding",
     "Config",
     "FlaxLlamaForCausalLM",
     "FlaxLlamaModel",

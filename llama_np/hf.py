@@ -47,6 +47,11 @@ Array = np.ndarray
 class LlamaModel(LlamaPreTrainedModel):
     """The decoder without a head: token ids in, hidden states after the final norm out."""
 
+    @property
+    def base_model(self) -> LlamaModel:
+        """The model itself, which is what a head stands on."""
+        return self
+
     def forward(
         self,
         input_ids: Any = None,

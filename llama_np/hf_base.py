@@ -204,6 +204,26 @@ class LlamaPreTrainedModel:
         """Always "cpu"."""
         return "cpu"
 
+    @property
+    def training(self) -> bool:
+        """Always False: there is no dropout, and no gradient."""
+        return False
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from; empty for one made from a configuration."""
+        return self.config.name_or_path
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has generate()."""
+        return cls._head == "lm_head.weight"
+
+    @classmethod
+    def from_config(cls, config: LlamaConfig | Config, **kwargs: Any) -> Self:
+        """A model with random weights, as `Model(config)`."""
+        return cls(config, dtype=kwargs.pop("torch_dtype", None), **kwargs)
+
     # ------------------------------------------------------------------ loading and saving
 
     @classmethod

@@ -622,11 +622,21 @@ def test_params_can_be_assigned() -> None:
 def test_what_torch_models_have_does_no_harm() -> None:
     model = tiny()
     assert model.eval() is model.train() is model.to("cpu") is model.to(device="cpu") is model
-    assert model.device == "cpu"
+    assert model.device == "cpu" and model.training is False
+    assert model.can_generate() and not LlamaModel.can_generate()
+    base = model.model
+    assert base.base_model is base
     assert model.get_decoder().weights is model.base_model.weights is model.weights
     assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - 41 * 24
     assert llama_np.FlaxLlamaForCausalLM is LlamaForCausalLM
     assert llama_np.FlaxLlamaModel is LlamaModel
+
+
+def test_a_model_knows_where_it_came_from(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).name_or_path == str(tmp_path)
+    drawn = llama_np.AutoModelForCausalLM.from_config(tiny().config, torch_dtype="float64")
+    assert (drawn.name_or_path, drawn.dtype) == ("", np.float64)
 
 
 def test_keys_that_change_the_numbers_are_not_ignored(tmp_path: Path) -> None:
