@@ -180,17 +180,19 @@ def test_an_error_is_one_line_and_exit_code_1(arguments: list[str], message: str
     assert done.stderr.count("\n") == 1
 
 
-@POSIX
 @pytest.mark.parametrize("arguments", [[], ["sing"], ["generate", "--no-such-option"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     run(*arguments, code=2)
 
 
+@POSIX
 def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
     process = subprocess.Popen(
         [*COMMAND, "generate", "A", "-n", "400", "--ignore-eos", "--dtype", "float64"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # shells start background jobs, such as this test may be, deaf to interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     shown = process.stdout.read(4)
