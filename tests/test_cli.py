@@ -185,14 +185,21 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     run(*arguments, code=2)
 
 
+# shells start background jobs, such as this test may be, deaf to interrupts
+LISTENING = """
+import signal, sys
+from llama_np.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
+
 @POSIX
 def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "generate", "A", "-n", "400", "--ignore-eos", "--dtype", "float64"],
+        [sys.executable, "-c", LISTENING, "generate", "A", "-n", "400", "--ignore-eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # shells start background jobs, such as this test may be, deaf to interrupts
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     shown = process.stdout.read(4)
