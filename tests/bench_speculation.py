@@ -1,8 +1,9 @@
 """What guessing brings and costs: `python tests/bench_speculation.py [MODEL [DTYPE]]`.
 
 MODEL is a checkpoint, or one of the shapes of `llama-np bench` with random weights (135M). Every
-line is a speed relative to decoding without guesses (medians of interleaved runs), in the worst
-case, where every guess is wrong, and for a checkpoint with prompt lookup.
+line is a speed relative to decoding without guesses (medians of interleaved runs): in the worst
+case, where every guess is wrong, in the best, where every one is right, and for a checkpoint with
+prompt lookup.
 """
 
 import statistics
@@ -17,10 +18,7 @@ from llama_np.bench import SHAPES, random_model
 from llama_np.speculate import Draft, PromptLookup
 
 PROMPT = "Once upon a time"
-SAMPLINGS = {
-    "a text that repeats itself": Sampling(),
-    "one that may not": Sampling(repetition_penalty=1.3),
-}
+SAMPLINGS = {"greedy": Sampling(), "no repetitions": Sampling(repetition_penalty=1.3)}
 GUESSES = (0, 1, 2, 3, 4, 7, 15)
 ROUNDS = 7
 
@@ -35,6 +33,18 @@ class Wrong(Draft):
     def guess(self, ids: np.ndarray) -> np.ndarray:
         """The unknown token, several times."""
         return np.zeros(self.count, np.int64)
+
+
+class Right(Draft):
+    """Guesses what is said: it has heard the text before."""
+
+    def __init__(self, count: int, told: np.ndarray) -> None:
+        super().__init__()
+        self.count, self.told = count, told
+
+    def guess(self, ids: np.ndarray) -> np.ndarray:
+        """The next tokens of the text."""
+        return self.told[len(ids) : len(ids) + self.count]
 
 
 def relative_speeds(tell: Callable[[Draft | None], object], draft: Callable[[int], Draft]) -> str:
@@ -54,12 +64,15 @@ def main(model: str = "fairytales", dtype: str = "float32") -> None:
     is_random = model in SHAPES
     config, weights = random_model(model, dtype) if is_random else load(model, dtype)
     with share_products(weights):
+        ids = [1, 2, 3, 4]
 
-        def any_text(draft: Draft | None) -> object:
-            ids = [[1, 2, 3, 4]]
-            return list(stream(ids, weights, config, max_new_tokens=24, stop_ids=[], draft=draft))
+        def any_text(draft: Draft | None) -> list[int]:
+            text = stream([ids], weights, config, max_new_tokens=24, stop_ids=[], draft=draft)
+            return [token.id for token in text if token.id is not None]
 
+        told = np.array(ids + any_text(None))
         print("wrong guesses:", relative_speeds(any_text, Wrong))
+        print("right guesses:", relative_speeds(any_text, lambda n: Right(n, told)))
         if is_random:
             return
         prompt = load_tokenizer(model).encode(PROMPT)

@@ -254,6 +254,21 @@ def test_right_guesses_spare_passes_and_wrong_ones_none(passes: list[int]) -> No
     assert (never.guessed, never.accepted) == (66, 0)
 
 
+def test_prompt_lookup_pauses_after_wrong_guesses_and_goes_on_after_a_right_one() -> None:
+    lookup, ids = PromptLookup(1), np.array([5, 6, 5])
+    asked = []
+    for _ in range(4):
+        asks = 0
+        while not len(lookup.guess(ids)):
+            asks += 1
+        asked.append(asks)
+        lookup.learn(0, 1)
+    assert asked == [0, 1, 3, 7]
+    assert lookup.pause == lookup.waiting == 7
+    lookup.learn(1, 1)
+    assert lookup.guess(ids).tolist() == [6]
+
+
 def test_prompt_lookup_goes_on_after_the_first_occurrence_of_the_longest_ngram() -> None:
     lookup = PromptLookup(3)
     assert lookup.guess(np.array([1, 2, 3, 4, 5, 9, 2, 8, 1, 2])).tolist() == [3, 4, 5]
