@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -178,6 +178,29 @@ def one_call(run: Run) -> Run:
     """The same computation in a single call, unless rotations depend on the length so far."""
     depends = run.config.rope_scaling["rope_type"] in ("dynamic", "longrope")
     return run if depends else replace(run, calls=(run.tokens.shape[1],))
+
+
+def only_in_layer(run: Run, layer: int, base: Run) -> Run | None:
+    """What a run changes in the layers of a base run, in one layer alone; None if it does more."""
+    apart = {"ops", "weights", "weight_changes"}
+    for f in fields(Run):
+        mine, theirs = getattr(run, f.name), getattr(base, f.name)
+        if f.name not in apart and mine is not theirs and not np.array_equal(mine, theirs):
+            return None
+    if base.ops or base.weight_changes or not (run.ops.keys() <= INSIDE.keys()):
+        return None
+    ops = {name: _there(op, layer) for name, op in run.ops.items()}
+    changes = tuple(_there_too(change, layer) for change in run.weight_changes)
+    return replace(base, ops=ops, weight_changes=changes)
+
+
+def _there(op: Op, layer: int) -> Op:
+    return lambda array, place: op(array, place) if place.layer == layer else array
+
+
+def _there_too(change: WeightChange, layer: int) -> WeightChange:
+    group = f"model.layers.{layer}"
+    return lambda name, value: change(name, value) if name == group else value
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Which known mistake makes a dump differ from the truth?
 
-Every mistake of the catalogue is put into the model, one at a time and then in pairs. A mistake
-is accepted only if every array that the dump covers comes down to what honest runs of the
-*mistaken* model get wrong: a mistaken model can amplify rounding many times.
+Every mistake of the catalogue is put into the model: one at a time, in the one layer where the
+dump diverges, and in pairs. A mistake is accepted only if every array that the dump covers comes
+down to what honest runs of the *mistaken* model get wrong: a mistaken model can amplify rounding
+many times.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from llama_np.experiment import (
     evaluate,
     noise,
     one_call,
+    only_in_layer,
     peak,
     row_axis,
+    split_name,
 )
 from llama_np.mistakes import BY_ID, CATALOGUE, Mistake, Variation, variants
 from llama_np.model import ModelWeights
 from llama_np.ports import Dump, Port, read_port, views
+from llama_np.replay import replay
 from llama_np.trace import Golden, Model, in_order, load_golden, open_model, run_of, same_weights
 from llama_np.verify import (
     FAIL,
@@ -55,6 +59,8 @@ from llama_np.verify import (
 BETTER = 0.5  # a mistake must at least halve the error of everything that fails
 CLEARLY = 2.0  # the best explanation must be this much closer than a different one
 PAIR_SECONDS = 1.8  # the likeliest pairs come first
+LAYER_SECONDS = 5.0  # for mistakes in one layer alone
+SHOWN = 5  # faulty ops in a note
 CLOSE, CLEAR = 30, 300  # yardsticks: what may fit before rounding is looked at, and what cannot
 
 
@@ -124,7 +130,8 @@ def _lines(found: Explanation) -> Iterator[str]:
         if c.threads:
             yield f"  seen in {', '.join(c.threads)}"
     if found.verdict == "unexplained":
-        yield f"ruled out: {len(found.ruled_out)} known mistakes; closest: {found.closest}"
+        near = f"the closest are {', '.join(found.closest)}" if found.closest else "none is near"
+        yield f"ruled out: {len(found.ruled_out)} known mistakes; {near}"
     if found.hidden:
         yield f"cannot be told from {found.report.precision} rounding: {', '.join(found.hidden)}"
     yield from found.notes
@@ -266,12 +273,16 @@ def explain(
     accepted = (ids and _accepted(evidence, trials[-1:])) or _accepted(evidence, trials)
     if not accepted:
         accepted = _accepted(evidence, _fitted(evidence, base, mistakes))
+    if not accepted:
+        accepted = _accepted(evidence, _in_one_layer(evidence, base, trials))
     if not accepted and pairs and evidence.shows_numbers:
         accepted = _accepted(evidence, _pairs(evidence, base, trials))
     if not accepted and "head_untied" in {mistake.id for mistake in mistakes}:
         other = _other_head(evidence, base)
         if other is not None:
             return Explanation("explained", (other,), report, notes=notes)
+    if not accepted:
+        notes += _faulty_ops(evidence, model)
     return _conclude(evidence, accepted, trials, notes)
 
 
@@ -479,6 +490,53 @@ FITTED: tuple[tuple[Mistake, Change, float, float], ...] = (
 )
 
 
+def _in_one_layer(evidence: Evidence, base: Run, trials: list[Trial]) -> Iterator[Trial]:
+    """The same mistakes in one layer alone, where the first divergence says which one it is.
+
+    Those come first that change the diverging array itself.
+    """
+    first = evidence.report.first_divergence
+    if first is None:
+        return
+    local, deadline = split_name(first.tensor)[1], time.monotonic() + LAYER_SECONDS
+    for layer in _suspected(evidence):
+        runs = []
+        for trial in trials:
+            whole = trial.variation(base) if trial.variation is not None else None
+            run = only_in_layer(whole, layer, base) if whole is not None else None
+            runs += [(trial.mistakes[0], run)] if run is not None else []
+        for mistake, run in sorted(runs, key=lambda pair: local not in pair[1].ops):
+            if time.monotonic() > deadline:
+                return
+            cause = f"In layer {layer} alone: {mistake.cause}"
+            yield _try(evidence, (replace(mistake, cause=cause),), run)
+
+
+def _suspected(evidence: Evidence) -> list[int]:
+    """The layers that may hold the first divergence, if they are few."""
+    first, last = evidence.report.first_divergence, evidence.golden.config.num_hidden_layers - 1
+    if first is None or first.tensor not in evidence.names or last == 0:
+        return []
+    at = evidence.names.index(first.tensor)
+    layer, local = split_name(evidence.names[at - 1]) if at else (-1, "block")
+    end = split_name(first.tensor)[0] if first.tensor.startswith("model.layers.") else last
+    layers = list(range(layer + (local == "block" or layer < 0), end + 1))
+    return layers if len(layers) <= 2 else []
+
+
+def _faulty_ops(evidence: Evidence, model: Model) -> tuple[str, ...]:
+    """What a replay of the dump says, for who has no explanation."""
+    if len(evidence.names) < 3:
+        return ()
+    found = replay(evidence.port, model, golden=evidence.golden)
+    ops = [f.op + (f" (right with {f.right_with})" if f.right_with else "") for f in found.faulty]
+    if not ops:
+        return ()
+    more = f" and {len(ops) - SHOWN} more" if len(ops) > SHOWN else ""
+    count = f"{len(ops)} of {len(found.checked)} ops do not follow from their own inputs"
+    return (f"replay: {count}: {', '.join(ops[:SHOWN])}{more}",)
+
+
 def _fits(evidence: Evidence, trial: Trial) -> bool:
     targets, ratios = evidence.targets(trial.run), []
     broken = [~np.isfinite(trial.truth[name]) for name in targets]
@@ -645,7 +703,7 @@ def _conclude(
     report = evidence.report
     ruled = {t.ids[0] for t in trials} - {i for t in accepted for i in t.ids}
     closest = sorted(trials, key=lambda t: _promise(evidence, t))
-    near = tuple(dict.fromkeys(t.ids[0] for t in closest))[:3]
+    near = tuple(dict.fromkeys(t.ids[0] for t in closest if _helps(evidence, t)))[:3]
     if not accepted:
         return Explanation("unexplained", (), report, tuple(sorted(ruled)), near, notes=notes)
     best = accepted[0]
@@ -662,6 +720,15 @@ def _conclude(
         for cause in _causes(trial):
             causes.setdefault(cause.mistake, cause)
     return Explanation(verdict, tuple(causes.values()), report, tuple(sorted(ruled)), notes=notes)
+
+
+def _helps(evidence: Evidence, trial: Trial) -> bool:
+    """Whether a hypothesis comes nearer to the first array that diverges than the right model."""
+    first = evidence.report.first_divergence
+    if first is None or first.tensor not in evidence.before:
+        return True
+    size = trial.errors.get(first.tensor, float("inf"))
+    return size <= BETTER * evidence.before[first.tensor]
 
 
 def _alike(evidence: Evidence, one: Trial, two: Trial) -> bool:

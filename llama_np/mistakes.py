@@ -615,6 +615,13 @@ def _activated(array: np.ndarray, place: Place) -> np.ndarray:
     return ACTIVATIONS[place.config.hidden_act](array)
 
 
+def other_activation(name: str) -> Variation:
+    def op(array: np.ndarray, place: Place) -> np.ndarray:
+        return ACTIVATIONS[name](_gate(place))
+
+    return lambda run: None if run.config.hidden_act == name else run.with_ops(mlp__act_fn=op)
+
+
 def _up(place: Place) -> np.ndarray:
     w, x = place.w, place.seen["post_attention_layernorm"]
     return linear(x, w["mlp.up_proj.weight"], w.get("mlp.up_proj.bias"))
@@ -1241,7 +1248,7 @@ CATALOGUE: tuple[Mistake, ...] = (
             f"The activation is {name} instead of hidden_act.",
             "Use the activation that hidden_act names (SiLU in LLaMA).",
             ("huggingface/candle#3745", "vllm-project/vllm#41574"),
-            _other("hidden_act", act),
+            (other_activation(act),),
         )
         for name, act in (
             ("gelu", "gelu"),
@@ -1257,7 +1264,7 @@ CATALOGUE: tuple[Mistake, ...] = (
         "down(gate * up): the activation is left out.",
         "down(silu(gate) * up)",
         (),
-        _other("hidden_act", "linear"),
+        (other_activation("linear"),),
     ),
     Mistake(
         "gate_missing",

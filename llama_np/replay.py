@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ from llama_np.experiment import (
     row_axis,
     split_name,
 )
+from llama_np.layers import project, rms_norm
+from llama_np.model import ModelWeights
 from llama_np.ports import ROTARY, Dump, Port, View, read_port, views
 from llama_np.trace import (
     Golden,
@@ -61,18 +63,23 @@ SUMMED = INPUT_OF | {
     "post_attention_layernorm": "post_attention_layernorm",
     "model.norm": "model.norm",
 }
+SEARCHED = 3  # faulty ops for which another weight is looked for
 SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions that are tried
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An op whose output does not follow from its inputs. position: the first wrong row."""
+    """An op whose output does not follow from its inputs.
+
+    position: the first wrong row; right_with: another weight of the model with which it follows.
+    """
 
     op: str
     error: float
     limit: float
     position: int | None = None
     reason: str = ""
+    right_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,15 @@ class Replayed:
 
 
 def _where(fault: Fault) -> str:
-    return fault.reason or f"from position {fault.position}"
+    where = fault.reason or f"from position {fault.position}"
+    return f"{where}; right with {fault.right_with}" if fault.right_with else where
 
 
 def _brief(fault: Fault) -> dict[str, Any]:
     size = fault.error if np.isfinite(fault.error) else None
     brief = {"op": fault.op, "error": size, "limit": fault.limit, "position": fault.position}
-    return brief | ({"reason": fault.reason} if fault.reason else {})
+    texts = {"reason": fault.reason, "right_with": fault.right_with}
+    return brief | {key: text for key, text in texts.items() if text}
 
 
 def replay(
@@ -258,6 +267,8 @@ def _replayed(port: Port, run: Run, like: Golden, interleaved: bool) -> Replayed
     if not checked:
         notes.append("nothing could be recomputed: no known array in the dump")
     verdict = PASS if checked and not faulty else FAIL
+    searched = [replace(f, right_with=_weight_that_fits(f, exact, run)) for f in faulty[:SEARCHED]]
+    faulty = (*searched, *faulty[SEARCHED:])
     return Replayed(verdict, faulty, port.precision, tuple(checked), tuple(notes))
 
 
@@ -291,6 +302,64 @@ def _fault(name: str, exact: _Pass, limit: float) -> Fault:
     wrong = np.flatnonzero(by_row > limit)
     position = rows.start + int(wrong[0]) if len(wrong) and size > limit else None
     return Fault(name, size, limit, position)
+
+
+def _weight_that_fits(fault: Fault, exact: _Pass, run: Run) -> str:
+    """The weight with which the port's output follows from its input, if there is one."""
+    layer, local = split_name(fault.op)
+    source, own = _input_of(fault.op, run.config), f"{local}.weight"
+    group = run.weights if layer < 0 else run.weights[f"model.layers.{layer}"]
+    if fault.reason or source not in exact.captured or own not in group:
+        return ""
+    (start, x), (rows, mine) = exact.captured[source], exact.captured[fault.op]
+    x = x[:, rows.start - start.start : rows.stop - start.start].astype(np.float64)
+    if x.shape[1] != mine.shape[1]:
+        return ""
+    for name, module in _exchangeable(run.weights, full_name(layer, own), group):
+        w = {f"{local}.{kind}": FLOAT64.convert(array) for kind, array in module.items()}
+        linear = local in INPUT_OF
+        output = project(local, x, w) if linear else rms_norm(local, x, w, run.config.rms_norm_eps)
+        if error(mine, output) <= fault.limit:
+            return name
+    return ""
+
+
+def _input_of(name: str, config: Config) -> str:
+    """The array that a linear layer or a norm reads."""
+    layer, local = split_name(name)
+    if local == "model.norm":
+        return full_name(config.num_hidden_layers - 1, "block")
+    if local == "input_layernorm":
+        return full_name(layer - 1, "block") if layer else "model.embed_tokens"
+    if local == "post_attention_layernorm":
+        return full_name(layer, "middle")
+    return full_name(layer, INPUT_OF.get(local, ""))
+
+
+def _exchangeable(
+    weights: ModelWeights, own: str, group: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Every module whose weight has the shape of `own`: that weight's name, weight and bias.
+
+    First comes the module itself with its matrix taken for an (in, out) one.
+    """
+    local = split_name(own)[1]
+    mine = group[local]
+    bias = group.get(local.replace(".weight", ".bias"))
+    if mine.ndim == 2:
+        misread = np.ascontiguousarray(mine).reshape(mine.shape[::-1]).T
+        yield f"{own} read as (in, out)", _module(misread, bias)
+    for name, value in weights.items():
+        inside = isinstance(value, Mapping)
+        for key, array in value.items() if inside else [(name, value)]:
+            full = f"{name}.{key}" if inside else name
+            if full != own and array.shape == mine.shape:
+                other = value if inside else weights
+                yield full, _module(array, other.get(key.replace(".weight", ".bias")))
+
+
+def _module(weight: np.ndarray, bias: np.ndarray | None) -> dict[str, np.ndarray]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
 def _limits(port: Port, run: Run, like: Golden, exact: _Pass) -> dict[str, float]:

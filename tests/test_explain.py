@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ from models import tiny_model
 from test_mistakes import NEEDS_MORE
 from test_verify import interleaved, response, top
 
-from llama_np.experiment import BFLOAT16, FLOAT32, Precision, Run, split_name
+from llama_np.experiment import (
+    BFLOAT16,
+    FLOAT32,
+    Precision,
+    Run,
+    only_in_layer,
+    split_name,
+)
 from llama_np.explain import Explanation, explain
 from llama_np.mistakes import BY_ID, CATALOGUE, variants
 
@@ -90,7 +98,39 @@ def test_a_mistake_outside_the_catalogue_is_unexplained(name: str) -> None:
     twins = {name, "attn_scale_other"} | next((t for t in TWINS if name in t), set())
     rest = [m for m in CATALOGUE if m.id not in twins]
     found = explained(mistaken(name), catalogue=rest, pairs=False)
-    assert found.verdict == "unexplained" and not found.causes and found.closest
+    assert found.verdict == "unexplained" and not found.causes
+    assert found.closest or "do not follow from their own inputs" in found.notes[0]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(
+    "name", ["act_gelu_tanh", "o_proj_transposed", "gate_up_swapped", "residual_missing"]
+)
+@pytest.mark.parametrize("only_blocks", [False, True])
+def test_a_mistake_in_one_layer_alone_is_named(name: str, layer: int, only_blocks: bool) -> None:
+    run = only_in_layer(variants(BY_ID[name], plain())[0], layer, plain())
+    assert run is not None
+    arrays = dump(run)
+    (cause,) = explained(only(arrays, "block") if only_blocks else arrays).causes
+    assert cause.mistake == name and cause.cause.startswith(f"In layer {layer} alone: ")
+
+
+def test_what_is_no_change_of_layers_cannot_be_in_one_layer() -> None:
+    for name in ("bos_doubled", "rope_theta", "final_norm_missing"):
+        assert only_in_layer(variants(BY_ID[name], plain())[0], 1, plain()) is None
+
+
+def test_a_weight_of_another_layer_is_named_by_the_replay() -> None:
+    _, weights = tiny()
+    layer = dict(weights["model.layers.2"])
+    layer["input_layernorm.weight"] = weights["model.layers.1"]["input_layernorm.weight"]
+    found = explained(dump(replace(plain(), weights={**weights, "model.layers.2": layer})))
+    assert found.verdict == "unexplained"
+    (note,) = found.notes
+    assert note.endswith(
+        "1 of 66 ops do not follow from their own inputs: model.layers.2.input_layernorm "
+        "(right with model.layers.1.input_layernorm.weight)"
+    )
 
 
 def test_an_unknown_bug_is_unexplained() -> None:

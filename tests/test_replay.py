@@ -203,3 +203,29 @@ def test_channels_permuted_everywhere_are_equivalent() -> None:
     clean = dump(plain())
     tables = {name: clean[name] for name in ("model.rotary_emb.cos", "model.rotary_emb.sin")}
     assert replayed(arrays | tables).verdict == "fail"
+
+
+RIGHT_WITH = {  # what is found for the first faulty ops
+    "gate_up_swapped": ["0.mlp.up_proj.weight", "0.mlp.gate_proj.weight", "1.mlp.up_proj.weight"],
+    "norms_swapped": [
+        "0.post_attention_layernorm.weight",
+        "0.input_layernorm.weight",
+        "1.post_attention_layernorm.weight",
+    ],
+    "gate_proj_transposed": [f"{i}.mlp.gate_proj.weight read as (in, out)" for i in range(3)],
+    "act_relu": ["", "", ""],
+}
+
+
+@pytest.mark.parametrize("name", RIGHT_WITH)
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+def test_the_weight_with_which_an_op_is_right_is_named(name: str, precision: Precision) -> None:
+    found = replayed(mistaken(name, precision=precision))
+    fits = [f.right_with.removeprefix("model.layers.") for f in found.faulty]
+    assert fits[:3] == RIGHT_WITH[name]
+    assert all(f"right with {f.right_with}" in str(found) for f in found.faulty if f.right_with)
+
+
+def test_a_head_that_should_be_tied_or_not_is_named() -> None:
+    (fault,) = replayed(mistaken("head_untied")).faulty
+    assert (fault.op, fault.right_with) == ("lm_head", "model.embed_tokens.weight")
