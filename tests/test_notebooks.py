@@ -23,8 +23,10 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
+from llama_np.threads import blas_threads, set_blas_threads
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-CPU_SECONDS = 40.0  # 20 s on two cores
+CPU_SECONDS = 20.0
 
 Cell = dict[str, Any]
 
@@ -102,6 +104,15 @@ def test_only_the_last_digit_of_a_rounded_number_may_differ() -> None:
     assert not same_text("loss 3.35", "loss of 3.35")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """BLAS keeps to one thread."""
+    before = blas_threads()
+    set_blas_threads(1)
+    yield
+    set_blas_threads(before or 1)
+
+
 def run_notebook(path: Path) -> Iterator[tuple[Cell, Ran]]:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells_of(path, "code"):
@@ -111,7 +122,7 @@ def run_notebook(path: Path) -> Iterator[tuple[Cell, Ran]]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_prints_what_it_shows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
-    with matplotlib.rc_context():
+    with one_thread(), matplotlib.rc_context():  # beside other work, waiting threads count, too
         matplotlib.use("Agg")
         start = time.process_time()
         for number, (cell, ran) in enumerate(run_notebook(path)):
