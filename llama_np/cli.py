@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from llama_np import __version__, cli_chat, cli_convert, cli_oracle
@@ -163,7 +162,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="above 1 makes tokens that stand in the text less likely (default: 1)",
     )
-    add("--seed", type=int, help="of the random choice (default: drawn and reported)")
+    add("--seed", type=_not_negative, help="of the random choice (default: drawn and reported)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +185,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is a negative number")
+    return int(text)
+
+
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
@@ -194,7 +199,9 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("prompt", nargs="?", help="'-' or nothing: read standard input")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="one prompt in each line; JSON lines come out"
+        "--prompts",
+        metavar="FILE",
+        help="one prompt in each line, empty ones left out; JSON lines come out ('-': from stdin)",
     )
     add_generation_options(parser)
     add_bulk_options(parser)
@@ -236,8 +243,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     prompts = _read_prompts(args)
     if args.output or args.scheduler:
-        run_bulk(args, generate_task(args), prompts)
-        return 0
+        return report_errors(run_bulk(args, generate_task(args), prompts))
     started = time.perf_counter()
     session = Session(args)
     with share_products(session.weights, args.threads):
@@ -251,14 +257,15 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def generate_task(args: argparse.Namespace) -> Any:
     """The options of `generate` for work in chunks."""
-    from llama_np.bulk import GenerateTask
+    from llama_np.bulk import GenerateTask, first_seed
     from llama_np.sampling import Sampling
 
+    seed = first_seed(args.output) if args.seed is None else args.seed
     return GenerateTask(
         args.model,
         args.dtype,
         Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty),
-        secrets.randbelow(2**31) if args.seed is None else args.seed,
+        secrets.randbelow(2**31) if seed is None else seed,
         args.max_tokens,
         tuple(args.stop),
         args.ignore_eos,
@@ -267,21 +274,14 @@ def generate_task(args: argparse.Namespace) -> Any:
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
-        lines = text_lines(Path(args.prompts).read_bytes())
-        if not lines:
-            raise ValueError(f"{args.prompts!r} holds no prompt")
-        return lines
+        from llama_np.bulk import read_lines
+
+        return read_lines(args.prompts)
     if args.prompt in (None, "-"):
         if args.prompt is None and sys.stdin.isatty():
             raise ValueError("no prompt: give one, or '-' to type it")
         return [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
     return [args.prompt]
-
-
-def text_lines(content: bytes) -> list[str]:
-    """The lines of a UTF-8 file that are not empty; only line feeds end a line."""
-    lines = content.decode("utf-8-sig").split("\n")  # Windows puts a mark before the text
-    return [line for line in (line.removesuffix("\r") for line in lines) if line]
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -358,8 +358,12 @@ class Session:
 
     def run_single(self, prompt: str, loaded: float) -> int:
         """One prompt: show the text as it appears, or one JSON object."""
+        from llama_np.bulk import no_room
+
         args = self.args
         (ids,) = self.encode([prompt])
+        if problem := no_room(len(ids), self.config):
+            raise ValueError(problem["error"])
         cache = self.open_cache(ids)
         result = new_result(ids, self.seed)
         clock = Clock(loaded)
@@ -387,10 +391,12 @@ class Session:
 
     def run_batch(self, prompts: list[str]) -> int:
         """Many prompts as one ragged batch: one JSON line each, in the order of the prompts."""
+        from llama_np.bulk import no_room
+
         started = time.perf_counter()
         ids = self.encode(prompts)
         results = [
-            {"prompt": prompt} | new_result(row, self.seed + i)
+            {"prompt": prompt} | new_result(row, self.seed + i) | no_room(len(row), self.config)
             for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
         ]
         progress = Progress("prompts", len(prompts))
@@ -405,7 +411,7 @@ class Session:
         count = sum(len(result["token_ids"]) for result in results)
         if not self.args.quiet:
             note(f"{len(prompts)} prompts, {count} tokens, {count / seconds:.1f} tokens/s")
-        return 0
+        return report_errors(results)
 
 
 def new_result(prompt_ids: list[int], seed: int) -> dict[str, Any]:
@@ -554,7 +560,9 @@ def _add_score(commands: Any) -> None:
         help="how likely the lines of a file are",
         description="Print the exact log-likelihood and perplexity of every line as a JSON line.",
     )
-    parser.add_argument("file", help="one text in each line; '-': read standard input")
+    parser.add_argument(
+        "file", help="one text in each line, empty ones left out; '-': standard input"
+    )
     add_model_options(parser)
     add_thread_option(parser)
     add_bulk_options(parser)
@@ -564,22 +572,29 @@ def _add_score(commands: Any) -> None:
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that work through many lines."""
     add = parser.add_argument
-    add("-o", "--output", metavar="FILE", help="write JSON lines here; go on if it holds some")
+    add("-o", "--output", metavar="FILE", help="write JSON lines here; go on where it stopped")
     add("--scheduler", metavar="tcp://...", help="work on this dask cluster")
 
 
 def run_score(args: argparse.Namespace) -> int:
     """`llama-np score`: one JSON line per line of text."""
-    from llama_np.bulk import ScoreTask
+    from llama_np.bulk import ScoreTask, read_lines
 
-    source = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-    lines = text_lines(source)
-    found = run_bulk(args, ScoreTask(args.model, args.dtype), lines)
-    total = sum(result["log_likelihood"] for result in found)
-    count = sum(result["tokens"] for result in found)
+    found = run_bulk(args, ScoreTask(args.model, args.dtype), read_lines(args.file))
+    fine = [result for result in found if "error" not in result]
+    total = sum(result["log_likelihood"] for result in fine)
+    count = sum(result["tokens"] for result in fine)
     if count:
-        note(f"{len(found)} lines, {count} tokens, perplexity {math.exp(-total / count):.3f}")
-    return 0
+        note(f"{len(fine)} lines, {count} tokens, perplexity {math.exp(-total / count):.3f}")
+    return report_errors(found)
+
+
+def report_errors(results: list[dict[str, Any]]) -> int:
+    """Say which results are errors; returns the exit code."""
+    wrong = [(number, r["error"]) for number, r in enumerate(results, 1) if "error" in r]
+    for number, error in wrong:
+        note(f"llama-np: error: result {number}: {error}")
+    return int(bool(wrong))
 
 
 def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict[str, Any]]:
@@ -588,14 +603,16 @@ def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict
     from llama_np.threads import limit_threads
 
     limit_threads(args.threads)
-    done = 0 if args.output is None else bulk.resume(args.output, lines)
-    if done:
-        note(f"{done} lines were done before")
-    progress = Progress("lines", len(lines) - done)
-    found = []
-    for results in bulk.run(task, lines, done, args.scheduler):
+    found: list[dict[str, Any]] = []
+    if args.output is not None:
+        run = bulk.identity(task, args.scheduler)
+        found = bulk.resume(args.output, lines, run)
+    if found:
+        note(f"{len(found)} lines were done before")
+    progress = Progress("lines", len(lines) - len(found))
+    for results in bulk.run(task, lines, len(found), args.scheduler):
         if args.output is not None:
-            bulk.append(args.output, results)
+            bulk.append(args.output, results, run)
         else:
             write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
         found += results

@@ -25,7 +25,7 @@ import numpy as np
 
 from llama_np import LlamaForCausalLM, Sampling, generate, load, load_tokenizer
 from llama_np.bench import machine
-from llama_np.bulk import CHUNK_LINES, Result, append, run
+from llama_np.bulk import CHUNK_LINES, Result, Task, append, run
 from llama_np.checkpoint import locate
 from llama_np.config import Config
 from llama_np.errors import require
@@ -176,7 +176,7 @@ def write_text(path: Path, lines: Sequence[str], count: int) -> Path:
 
 
 @dataclass(frozen=True)
-class NoWork:
+class NoWork(Task):
     """Answers of the usual size, at once."""
 
     def __call__(self, first: int, lines: Sequence[str]) -> list[Result]:
@@ -188,11 +188,11 @@ class NoWork:
 def coordination_seconds(scheduler: str, lines: Sequence[str], output: Path) -> float:
     """Seconds per line of sending, collecting and writing, with workers that do nothing."""
     many = [lines[i % len(lines)] for i in range(250 * CHUNK_LINES)]
-    chunks = run(NoWork(), many, scheduler=scheduler)
+    chunks = run(NoWork("none"), many, scheduler=scheduler)
     next(chunks)  # the connection is the start's cost
     start = time.perf_counter()
     for chunk in chunks:
-        append(output, chunk)
+        append(output, chunk, "none")
     return (time.perf_counter() - start) / (len(many) - CHUNK_LINES)
 
 

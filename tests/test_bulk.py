@@ -46,17 +46,83 @@ def test_an_interrupted_file_is_completed_and_a_torn_line_is_done_again(tmp_path
 def test_separators_of_lines_inside_an_answer_end_no_line(tmp_path: Path) -> None:
     file = tmp_path / "answers"
     lines = ["one\u2028line", "another\x85line"]
-    bulk.append(file, [{"prompt": line, "text": f"\x0b{line}\x1e"} for line in lines])
-    assert resume(file, lines) == 2
+    bulk.append(file, [{"prompt": line, "text": f"\x0b{line}\x1e"} for line in lines], "me")
+    assert [answer["prompt"] for answer in resume(file, lines, "me")] == lines
 
 
 def test_a_file_with_other_answers_is_not_continued(tmp_path: Path) -> None:
     file = tmp_path / "answers"
-    bulk.append(file, ScoreTask("fairytales")(0, ["another line"]))
+    bulk.append(file, ScoreTask("fairytales")(0, ["another line"]), "me")
     with pytest.raises(ValueError, match="another line 1"):
-        resume(file, LINES)
+        resume(file, LINES, "me")
     with pytest.raises(ValueError, match="there are 0"):
-        resume(file, [])
+        resume(file, [], "me")
+    with pytest.raises(ValueError, match="answers', line 1: not a result of this command"):
+        resume(file, ["another line"], "you")
+
+
+@pytest.mark.parametrize("content", ["remember to call mum", '{"mine": 1}', "[1]\n", '{"run": "u'])
+def test_a_foreign_file_is_refused_and_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "foreign"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="foreign', line 1: not a result of this command"):
+        resume(file, LINES, "me")
+    assert file.read_text("utf-8") == content
+
+
+def test_every_option_and_the_model_tell_runs_apart() -> None:
+    tasks = [
+        ScoreTask("fairytales"),
+        ScoreTask("fairytales", "float64"),
+        GenerateTask("fairytales"),
+        GenerateTask("fairytales", seed=1),
+        GenerateTask("fairytales", max_new_tokens=3),
+        GenerateTask("fairytales", sampling=Sampling(temperature=0.5)),
+        GenerateTask("fairytales", stop_strings=("a",)),
+    ]
+    assert len({bulk.identity(task) for task in tasks}) == len(tasks)
+    folder = Path(bulk.__file__).parent / "checkpoints" / "fairytales"
+    assert bulk.identity(ScoreTask(str(folder))) == bulk.identity(tasks[0])  # the same weights
+
+
+def test_a_drawn_seed_is_kept_when_a_file_is_completed(tmp_path: Path) -> None:
+    source, complete, torn = (tmp_path / name for name in ("lines", "complete", "torn"))
+    source.write_text("\n".join(LINES[:16]), encoding="utf-8")
+    command = ["generate", "--prompts", str(source), "-n", "3", "--temp", "1", "-o"]
+    assert main([*command, str(complete)]) == 0
+    content = complete.read_bytes()
+    torn.write_bytes(content[: len(content) // 2])
+    assert main([*command, str(torn)]) == 0
+    seeds = [json.loads(line)["seed"] for line in torn.read_text("utf-8").splitlines()]
+    assert seeds == list(range(seeds[0], seeds[0] + 16))
+    assert main([*command, str(torn), "--seed", str(seeds[0] + 1)]) == 1
+
+
+def test_a_line_that_is_too_long_costs_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, found = tmp_path / "lines", tmp_path / "found"
+    source.write_text("\n".join([LINES[0], "so " * 600, LINES[1]]), encoding="utf-8")
+    for _ in range(2):  # the second time, everything is there
+        assert main(["score", str(source), "-o", str(found)]) == 1
+        assert "result 2: the line has 602 tokens, expected at most 512" in capsys.readouterr().err
+    results = [json.loads(line) for line in found.read_text("utf-8").splitlines()]
+    assert [r["log_likelihood"] is None for r in results] == [False, True, False]
+    for way in ([], ["-o", str(tmp_path / "told")]):
+        assert main(["generate", "--prompts", str(source), "-n", "1", *way]) == 1
+        assert "result 2: the prompt has 602 tokens" in capsys.readouterr().err
+
+
+def test_the_summary_of_a_completed_file_is_about_all_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, found = tmp_path / "lines", tmp_path / "found"
+    source.write_text("\n".join(LINES), encoding="utf-8")
+    main(["score", str(source), "-o", str(found)])
+    first = capsys.readouterr().err
+    found.write_text("".join(found.read_text("utf-8").splitlines(True)[:9]), encoding="utf-8")
+    main(["score", str(source), "-o", str(found)])
+    assert capsys.readouterr().err == "9 lines were done before\n" + first
 
 
 CLUSTER = """

@@ -14,7 +14,8 @@ import pytest
 from systems import POSIX
 
 from llama_np import classify, load, load_tokenizer, threads
-from llama_np.cli import build_parser, main, text_lines
+from llama_np.bulk import read_lines
+from llama_np.cli import build_parser, main
 from llama_np.terminal import visible
 
 COMMAND = [sys.executable, "-m", "llama_np"]
@@ -55,11 +56,24 @@ def test_json_output_is_one_complete_object(capsys: pytest.CaptureFixture[str]) 
     assert {"prompt_tokens_per_second", "decode_tokens_per_second"} <= answer["timings"].keys()
 
 
-def test_only_line_feeds_divide_a_file_of_lines_and_the_mark_of_windows_is_no_text() -> None:
-    assert text_lines("\ufeffone\r\n\r\ntwo\u2028still two\n\n".encode()) == [
-        "one",
-        "two\u2028still two",
-    ]
+def test_only_line_feeds_divide_a_file_of_lines_and_the_mark_of_windows_is_no_text(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "lines"
+    file.write_bytes("\ufeffone\r\n\r\ntwo\u2028still two\n\n".encode())
+    assert read_lines(str(file)) == ["one", "two\u2028still two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"one\ntw\xffo\n", "line 2: not UTF-8"), (b"\n", "holds no line")]
+)
+def test_a_file_without_lines_of_text_is_refused_by_name(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "lines"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"lines'.*{message}"):
+        read_lines(str(file))
 
 
 def test_every_command_and_option_says_what_it_does() -> None:
