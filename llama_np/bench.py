@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -216,6 +217,9 @@ def bench(
     start = time.perf_counter()
     config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
     loaded = time.perf_counter() - start
+    most = config.max_position_embeddings
+    if max([context + DECODE_STEPS, *prompts]) > most:
+        raise ValueError(f"the model's context has {most} tokens: measure shorter texts")
     start = time.perf_counter()
     prefill([[1, 2, 3]], weights, config, KVCache(config, dtype=activation_dtype(weights)))
     first = time.perf_counter() - start
@@ -311,7 +315,8 @@ def compare_transformers(
 
     Errors: ModuleNotFoundError if transformers is not installed; RuntimeError if it fails.
     """
-    require("transformers", extra="hf")
+    if find_spec("transformers") is None or find_spec("torch") is None:
+        raise ModuleNotFoundError("the comparison needs: pip install transformers torch")
     values = {k: v for k, v in config_to_dict(config).items() if not k.endswith("label")}
     task = {
         "config": values,

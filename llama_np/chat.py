@@ -17,6 +17,8 @@ from llama_np.speculate import Draft
 from llama_np.tokenizer import Tokenizer
 
 FORMATS = ("auto", "plain", "llama2", "llama3")
+LLAMA3_TOKEN = "<|start_header_id|>"
+ANSWER_SHARE = 4  # of the context: a fourth of it stays free for an answer
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Chat:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format = {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.format == "llama3" and LLAMA3_TOKEN not in self.tokenizer.special_tokens:
+            raise ValueError(f"format = 'llama3': the vocabulary has no {LLAMA3_TOKEN}")
         self.cache = KVCache(self.config, dtype=activation_dtype(self.weights))
 
     @property
@@ -53,8 +57,7 @@ class Chat:
             return self.format
         if self.tokenizer.chat_template is not None:
             return "template"
-        known = self.tokenizer.special_tokens
-        return "llama3" if "<|start_header_id|>" in known else "plain"
+        return "llama3" if LLAMA3_TOKEN in self.tokenizer.special_tokens else "plain"
 
     def answer(self, text: str) -> Iterator[Token]:
         """Say something and stream the model's answer; both join the history.
@@ -112,15 +115,18 @@ class Chat:
             self.messages.append({"role": "assistant", "content": reply})
 
     def _fitting_ids(self) -> list[int]:
-        """The prompt, after forgetting the oldest turns that do not fit into the context."""
+        """The prompt, after forgetting the oldest turns, as many as leave no room to answer."""
         self.forgotten = 0
         room = self.config.max_position_embeddings
+        answer = max(1, min(self.max_tokens, room // ANSWER_SHARE))
         while True:
             ids = self._encode()
-            if len(ids) < room:
+            if len(ids) + answer <= room:
                 return ids
             oldest = next((i for i, m in enumerate(self.messages) if m["role"] != "system"), 0)
             if oldest >= len(self.messages) - 1:
+                if len(ids) < room:  # a long message may leave less
+                    return ids
                 raise ValueError(f"the message is too long: {len(ids)} tokens, room for {room}")
             end = oldest + 1
             while self.messages[end]["role"] != "user":

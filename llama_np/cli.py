@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as problem:
         if args.debug:
             raise
-        note(f"llama-np: error: {one_line(problem)}")
+        replaceable = isinstance(problem, FileExistsError) and "overwrite" in args
+        hint = " (--overwrite replaces it)" if replaceable else ""
+        note(f"llama-np: error: {one_line(problem)}{hint}")
         return 1
 
 
@@ -239,8 +241,11 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--output and --scheduler need --prompts FILE")
     if (args.output or args.scheduler) and (args.logprobs is not None or args.no_mmap):
         raise ValueError("--output and --scheduler know no --logprobs and no --no-mmap")
+    from llama_np.files import check_target
     from llama_np.workers import share_products
 
+    if args.save_cache:
+        check_target(args.save_cache)
     prompts = _read_prompts(args)
     if args.output or args.scheduler:
         return report_errors(run_bulk(args, generate_task(args), prompts))
@@ -350,9 +355,14 @@ class Session:
 
     def save_cache(self, cache: Any, ids: list[int]) -> None:
         """Keep the computed prompt, if that is wanted."""
+        import numpy as np
+
+        from llama_np.generate import TextReader
         from llama_np.prompt_cache import save_cache
 
         if self.args.save_cache:
+            if cache.length < len(ids):  # no token was wanted, which computes nothing
+                TextReader(self.weights, self.config, cache).feed(np.array([ids[cache.length :]]))
             cache.crop(len(ids))
             save_cache(self.args.save_cache, cache, ids, self.weights, self.config)
 
@@ -399,7 +409,7 @@ class Session:
             {"prompt": prompt} | new_result(row, self.seed + i) | no_room(len(row), self.config)
             for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
         ]
-        progress = Progress("prompts", len(prompts))
+        progress = Progress("prompts", len(prompts), beside_results=True)
         printed = 0
         for token in self.tokens(ids):
             add_to_result(results[token.row], token)
@@ -542,6 +552,8 @@ def run_classify(args: argparse.Namespace) -> int:
     if "score.weight" not in weights:
         raise ValueError(f"{args.model!r} has no classification head (score.weight)")
     ids = load_tokenizer(args.model).encode(text)
+    if len(ids) > (most := config.max_position_embeddings):
+        note(f"llama-np: warning: the text has {len(ids)} tokens, the model was trained on {most}")
     (scores,) = classify(np.array([ids]), weights, config)
     chances = {config.id2label[i]: float(p) for i, p in enumerate(softmax(scores))}
     best = max(chances, key=lambda label: chances[label])
@@ -609,7 +621,7 @@ def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict
         found = bulk.resume(args.output, lines, run)
     if found:
         note(f"{len(found)} lines were done before")
-    progress = Progress("lines", len(lines) - len(found))
+    progress = Progress("lines", len(lines) - len(found), args.output is None)
     for results in bulk.run(task, lines, len(found), args.scheduler):
         if args.output is not None:
             bulk.append(args.output, results, run)

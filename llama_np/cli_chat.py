@@ -30,7 +30,7 @@ HELP = """\
 /save FILE       write the conversation as JSON
 /exit            leave; so does Ctrl-D
 A message of several lines stands between two lines of three quotes (\"\"\").
-Ctrl-C stops an answer and keeps the conversation."""
+Ctrl-C stops an answer, or forgets a line; the conversation stays."""
 
 SAMPLING_NAMES = {
     "temp": "temperature",
@@ -45,7 +45,7 @@ def run_chat(args: argparse.Namespace) -> int:
     """Talk until the input ends or /exit."""
     chat = open_chat(args)
     if chat.effective_format == "plain":
-        note("no chat template: the model continues your text (--format llama2 or llama3 to chat)")
+        note("no chat template: the model continues your text (--format, if it knows one)")
     if sys.stdin.isatty():
         note("/help lists the commands")
     with share_products(chat.weights, args.threads):
@@ -64,7 +64,9 @@ def converse(chat: Chat) -> None:
                     break
             else:
                 show(chat, chat.answer(message))
-        except (ValueError, TypeError, OSError) as problem:  # the conversation goes on
+        except UnicodeEncodeError:
+            note("llama-np: error: the message is not UTF-8 text")
+        except (ValueError, TypeError, LookupError, OSError) as problem:  # the talk goes on
             note(f"llama-np: error: {problem}")
 
 
@@ -99,16 +101,30 @@ def open_draft(args: argparse.Namespace, config: Config) -> Draft | None:
 
 
 def messages() -> Iterator[str]:
-    """What the user says, message by message; lines between triple quotes are one message."""
-    while (line := read_line("> ")) is not None:
-        if line.strip() != '"""':
-            if line.strip():
-                yield line
+    """What the user says, message by message; Ctrl-C at the prompt forgets what was typed."""
+    while True:
+        try:
+            message = read_message()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            note("\n(/exit or Ctrl-D leaves)")
             continue
-        lines = []
-        while (line := read_line(". ")) is not None and line.strip() != '"""':
-            lines.append(line)
-        yield "\n".join(lines)
+        if message is None:
+            return
+        if message.strip():
+            yield message
+
+
+def read_message() -> str | None:
+    """One line, or those between triple quotes; None at the end of the input."""
+    line = read_line("> ")
+    if line is None or line.strip() != '"""':
+        return line
+    lines = []
+    while (line := read_line(". ")) is not None and line.strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def read_line(prompt: str) -> str | None:
@@ -124,14 +140,16 @@ def show(chat: Chat, answer: Iterator[Token]) -> None:
     if chat.forgotten:
         room = chat.config.max_position_embeddings
         note(f"(the context of {room} tokens is full: {chat.forgotten} messages are forgotten)")
-    reason = None
+    reason, count = None, 0
     try:
         for token in answer:
             write(token.text)
-            reason = token.finish_reason
+            reason, count = token.finish_reason, count + 1
     except KeyboardInterrupt:
         reason = "interrupted"
     write("\n")
+    if reason == "length" and count < chat.max_tokens:
+        reason = "the context is full"
     if reason != "stop":
         note(f"(the answer ended early: {reason})")
 

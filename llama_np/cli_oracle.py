@@ -135,6 +135,8 @@ def run_record(args: Any) -> int:
     else:
         golden.save(args.output, args.overwrite)
     B, T = golden.tokens.shape
+    if (most := golden.config.max_position_embeddings) < T:
+        note(f"llama-np: warning: {T} tokens; the model was trained on {most}")
     note(f"{args.output}: {len(golden.tensors)} arrays, {B} x {T} tokens")
     return 0
 

@@ -26,8 +26,15 @@ from llama_np.checkpoint import (
 )
 from llama_np.config import Config, config_from_dict, config_to_dict, read_json
 from llama_np.errors import CheckpointError
-from llama_np.files import PathLike, atomic_folder, open_regular, read_bounded, write_atomically
-from llama_np.llama2c import write_llama2c, write_tokenizer_bin
+from llama_np.files import (
+    PathLike,
+    atomic_folder,
+    check_target,
+    open_regular,
+    read_bounded,
+    write_atomically,
+)
+from llama_np.llama2c import tokenizer_bin, write_llama2c
 from llama_np.meta import meta_source, meta_tensors, params_of
 from llama_np.precision import to_bf16
 from llama_np.sentencepiece_model import parse_pieces
@@ -363,10 +370,12 @@ def _write_llama2c(
     vocabulary = files.get("tokenizer.model")
     progress.total = len(tensors) + (0 if version else 2)  # the legacy format has two tables more
     beside = out.with_name("tokenizer.bin")
-    if vocabulary is not None and beside.exists() and not overwrite:
-        raise FileExistsError(17, "file exists", str(beside))
+    table = b"" if vocabulary is None else tokenizer_bin(parse_pieces(vocabulary))
+    new = bool(table) and not (beside.is_file() and beside.read_bytes() == table)
+    if new:
+        check_target(beside, overwrite)
     write_llama2c(out, config_to_dict(config), tensors, version, overwrite, progress)
-    if vocabulary is not None:
-        write_tokenizer_bin(beside, parse_pieces(vocabulary), overwrite)
-    elif files:
+    if new:
+        write_atomically(beside, table, overwrite)
+    elif files and not table:
         warnings.warn("no tokenizer.bin: run.c knows SentencePiece vocabularies only", stacklevel=3)

@@ -68,6 +68,21 @@ def guess_format(start: bytes) -> str:
     return found[0] if found else "truncated, or of another format"
 
 
+def check_target(path: PathLike, overwrite: bool = False) -> Path:
+    """Where a file will be written, links followed, before the work for it begins.
+
+    Errors: FileExistsError when it exists and `overwrite` is false, or is not a regular file;
+    FileNotFoundError when its folder does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (overwrite and target.is_file()):
+        what = "file exists" if target.is_file() else "exists and is not a regular file"
+        raise FileExistsError(errno.EEXIST, what, str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path))
+    return target
+
+
 @contextmanager
 def atomic_file(path: PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Write a file so that it appears complete or not at all.
@@ -77,10 +92,7 @@ def atomic_file(path: PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
     Errors: FileExistsError when it exists and `overwrite` is false, or is not a regular file;
     OSError as the operating system says. Then the old file is intact and nothing else is left.
     """
-    target = Path(os.path.realpath(path))
-    if os.path.lexists(target) and not (overwrite and target.is_file()):
-        what = "file exists" if target.is_file() else "exists and is not a regular file"
-        raise FileExistsError(errno.EEXIST, what, str(path))
+    target = check_target(path, overwrite)
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.partial")
     with _named_after(path):
         opened = temporary.open("xb")

@@ -402,11 +402,12 @@ def _piece(index: int, text: str, score: float) -> Piece:
     return Piece(text.replace(" ", "\u2581"), score, NORMAL)
 
 
-def write_tokenizer_bin(path: PathLike, pieces: list[Piece], overwrite: bool = False) -> None:
-    """Write the tokenizer.bin of a vocabulary. Errors: as `save_tensors`."""
+def tokenizer_bin(pieces: list[Piece]) -> bytes:
+    """The content of the file tokenizer.bin of a vocabulary."""
     texts = [piece.text.replace("\u2581", " ").encode("utf-8") for piece in pieces]
     texts[1:3] = [b"\n<s>\n", b"\n</s>\n"]
-    with atomic_file(path, overwrite) as file:
-        file.write(struct.pack("<i", max(map(len, texts))))
-        for piece, text in zip(pieces, texts, strict=True):
-            file.write(struct.pack("<fi", piece.score, len(text)) + text)
+    entries = (
+        struct.pack("<fi", piece.score, len(text)) + text
+        for piece, text in zip(pieces, texts, strict=True)
+    )
+    return struct.pack("<i", max(map(len, texts))) + b"".join(entries)

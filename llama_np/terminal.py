@@ -28,16 +28,20 @@ def note(text: str) -> None:
 
 
 class Progress:
-    """A line on standard error that counts up, shown only when that is a terminal."""
+    """A line on standard error that counts up, shown only when that is a terminal.
 
-    def __init__(self, what: str, total: int) -> None:
+    beside_results: results are written to standard output meanwhile; where that is a terminal,
+    too, they say enough.
+    """
+
+    def __init__(self, what: str, total: int, beside_results: bool = False) -> None:
         self.what, self.total, self.done = what, total, 0
-        self.shown = sys.stderr.isatty()
+        self.shown = sys.stderr.isatty() and not (beside_results and sys.stdout.isatty())
 
     def advance(self, steps: int = 1) -> None:
         """Count further and rewrite the line."""
         self.done += steps
-        if self.shown:
+        if self.shown and steps:
             end = "\n" if self.done >= self.total else ""
             sys.stderr.write(f"\r{self.what} {self.done}/{self.total}{end}")
             sys.stderr.flush()

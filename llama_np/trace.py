@@ -23,6 +23,7 @@ from llama_np.checkpoint import (
     check_names_and_shapes,
     group_by_layer,
     locate,
+    physical_memory,
     read_checkpoint,
 )
 from llama_np.config import Config, config_from_dict, config_to_dict
@@ -262,13 +263,15 @@ def record(
     ids: one text or several (padded on the left); decode: so many greedy tokens follow, each
     fed alone; chunks: lengths of the pieces in which the prompt is fed; points: "all", "blocks"
     or "logits"; store: float32 or float64.
-    Errors: ValueError, TypeError for bad ids; IndexError for ids outside the vocabulary.
+    Errors: ValueError, TypeError for bad ids; IndexError for ids outside the vocabulary;
+    MemoryError with the estimate, if the arrays would not fit.
     """
     if points not in POINTS:
         raise ValueError(f"points = {points!r}: expected one of {', '.join(POINTS)}")
     run = make_run(model, ids, decode, chunks)
     every = names_in_order(run.config.num_hidden_layers)
     names = frozenset(name for name in every if POINTS[points](split_name(name)[1]))
+    _check_memory(names, run)
     truth, tokens = evaluate(run, names=names, progress=progress)
     run = plain_run(run.config, run.weights, tokens, run.positions, run.calls, run.prompt)
     yardsticks: dict[str, dict[str, float]] = {name: {} for name in truth}
@@ -280,6 +283,18 @@ def record(
     facts = {**_facts(run), "points": points, **(about or {})}
     calls, config = run.calls, run.config
     return Golden(tensors, yardsticks, tokens, run.positions, calls, run.prompt, config, facts)
+
+
+def _check_memory(names: Iterable[str], run: Run) -> None:
+    """Errors: MemoryError, if twice the float64 arrays (a run and its rival) would not fit."""
+    B, T = run.tokens.shape
+    sizes = (math.prod(expected_shape(name, run.config, B, T)) for name in names)
+    needed, limit = 2 * 8 * sum(sizes), physical_memory() * 9 // 10
+    if needed > limit > 0:
+        raise MemoryError(
+            f"recording {B} x {T} tokens needs about {needed / 1e9:.3g} GB, more than the limit of "
+            f"{limit / 1e9:.3g} GB: take fewer tokens, or points='blocks' or 'logits'"
+        )
 
 
 WORTHLESS = 1.0  # a yardstick of 100 % or more: in this precision the array says nothing

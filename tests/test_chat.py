@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import select
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from systems import LISTENING, POSIX
 
 from llama_np import KVCache, load, load_tokenizer
 from llama_np.chat import Chat
@@ -16,6 +21,7 @@ from llama_np.generate import generate
 
 CONFIG, WEIGHTS = load("fairytales", np.float64)
 TOKENIZER = load_tokenizer("fairytales")
+CTRL_C = "\x03"
 
 
 def new_chat(**changes: object) -> Chat:
@@ -142,3 +148,85 @@ def test_the_command_reads_messages_and_commands_line_by_line(
     assert "temperature" in output.err
     assert "exists" in output.err
     assert "/regen" in output.err
+
+
+def test_a_fourth_of_the_context_stays_free_for_an_answer() -> None:
+    short = replace(CONFIG, max_position_embeddings=100)
+    chat = Chat(short, WEIGHTS, TOKENIZER, max_tokens=90, format="llama2")
+    for i in range(8):
+        chat.answer(f"Tell me a story about the number {i} and a bear")
+        assert len(chat._encode()) <= 75
+        chat.messages.append({"role": "assistant", "content": "There was a bear."})
+    assert chat.forgotten > 0
+    chat.answer("bear " * 66)  # a long message may leave less
+    assert 75 < len(chat._encode()) < 100
+
+
+def test_a_format_without_its_control_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no <\|start_header_id\|>"):
+        new_chat(format="llama3")
+
+
+def test_a_token_unknown_to_the_tokenizer_does_not_end_the_talk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(self: Chat, text: str) -> None:
+        raise IndexError("token id 2629 is outside the vocabulary of 405")
+
+    monkeypatch.setattr(Chat, "answer", unknown)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\nt\udcffo\n/help\n"))
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().err.count("outside the vocabulary") == 2
+
+
+# Without a terminal of its own a process gets no Ctrl-C.
+OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+
+
+class Terminal:
+    """A chat on a pseudo-terminal of its own."""
+
+    def __init__(self, *options: str) -> None:
+        import pty
+
+        self.end, end = pty.openpty()
+        self.unread = ""
+        command = [sys.executable, "-c", OWN_TERMINAL + LISTENING, "chat", *options]
+        self.process = subprocess.Popen(
+            command, stdin=end, stdout=end, stderr=end, start_new_session=True
+        )
+        os.close(end)
+
+    def type(self, text: str) -> None:
+        """Type some keys."""
+        os.write(self.end, text.encode())
+
+    def wait_for(self, text: str) -> None:
+        """Read until a text appears."""
+        deadline = time.monotonic() + 30
+        while text not in self.unread:
+            assert time.monotonic() < deadline, self.unread
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.unread += os.read(self.end, 4096).decode(errors="replace")
+        self.unread = self.unread.partition(text)[2]
+
+
+@POSIX
+def test_ctrl_c_stops_an_answer_or_forgets_a_line_and_the_talk_goes_on() -> None:
+    chat = Terminal("-n", "400", "--temp", "1", "--seed", "1", "--dtype", "float64")
+    chat.wait_for("> ")
+    chat.type("Once upon a time\n")
+    chat.wait_for("time\r\n")
+    chat.wait_for(" ")  # the answer has begun
+    chat.type(CTRL_C)
+    chat.wait_for("(the answer ended early: interrupted)")
+    chat.wait_for("> ")
+    chat.type("half a li")
+    chat.wait_for("half a li")
+    chat.type(CTRL_C)
+    chat.wait_for("(/exit or Ctrl-D leaves)")
+    chat.type("/set max_tokens 2\nThe king\n")  # the half line is gone
+    chat.wait_for("(the answer ended early: length)")
+    chat.type("/exit\n")
+    assert chat.process.wait(30) == 0
+    os.close(chat.end)

@@ -1,5 +1,6 @@
 """The command, run as a user runs it: its streams, its JSON and its exit codes."""
 
+import io
 import json
 import os
 import signal
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from systems import POSIX
+from systems import LISTENING, POSIX
 
 from llama_np import classify, load, load_tokenizer, threads
 from llama_np.bulk import read_lines
 from llama_np.cli import build_parser, main
-from llama_np.terminal import visible
+from llama_np.terminal import Progress, visible
 
 COMMAND = [sys.executable, "-m", "llama_np"]
 
@@ -199,15 +200,6 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     run(*arguments, code=2)
 
 
-# shells start background jobs, such as this test may be, deaf to interrupts
-LISTENING = """
-import signal, sys
-from llama_np.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main())
-"""
-
-
 @POSIX
 def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
     process = subprocess.Popen(
@@ -222,6 +214,69 @@ def test_an_interrupt_is_exit_code_130_after_what_was_shown() -> None:
     assert len(shown) == 4
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+def test_a_prompt_that_fills_the_context_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = in_process(capsys, "generate", "so " * 600)
+    assert (code, out) == (1, "")
+    assert "the prompt has 602 tokens, the context 512: nothing is generated" in err
+
+
+def test_a_long_text_is_classified_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = in_process(capsys, "classify", "so " * 600)
+    assert code == 0 and "the text has 602 tokens, the model was trained on 512" in err
+
+
+def test_an_existing_file_is_refused_with_the_option_that_replaces_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine", encoding="utf-8")
+    code, _, err = in_process(capsys, "explore", "x", "-o", str(page))
+    assert code == 1 and err.endswith("page.html' (--overwrite replaces it)\n")
+    assert page.read_text("utf-8") == "mine"
+
+
+def test_work_that_would_be_lost_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old").write_text("mine", encoding="utf-8")
+    for name, message in (("old", "file exists"), ("no/folder", "no such folder")):
+        file = str(tmp_path / name)
+        code, out, err = in_process(capsys, "generate", "x", "-m", "no-model", "--save-cache", file)
+        assert (code, out) == (1, "") and message in err
+    code, _, err = in_process(capsys, "bench", "--context", "600")
+    assert code == 1 and "the model's context has 512 tokens" in err
+
+
+def test_a_prompt_can_be_computed_ahead_without_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "prompt.cache")
+    assert in_process(capsys, "generate", "Once upon", "-n", "0", "--save-cache", file)[0] == 0
+    _, out, err = in_process(capsys, "generate", "Once upon", "-n", "4", "--load-cache", file)
+    assert "3 of 4 prompt tokens were computed before" in err
+    assert out == in_process(capsys, "generate", "Once upon", "-n", "4")[1]
+
+
+def test_progress_is_shown_on_terminals_where_no_result_appears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, beside, shown in (
+        (Terminal(), True, ""),
+        (Terminal(), False, "\rlines 2/3"),
+        (io.StringIO(), True, "\rlines 2/3"),
+    ):
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err := Terminal())
+        progress = Progress("lines", 3, beside)
+        progress.advance(2)
+        progress.advance(0)
+        assert err.getvalue() == shown
 
 
 @POSIX

@@ -277,12 +277,10 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "v9.bin")
 
 
-def test_the_bundled_vocabulary_can_be_written_for_run_c(tmp_path: Path) -> None:
-    from llama_np.llama2c import parse_tokenizer_bin, write_tokenizer_bin
+def test_the_bundled_vocabulary_can_be_written_for_run_c() -> None:
+    from llama_np.llama2c import parse_tokenizer_bin, tokenizer_bin
 
     pieces = parse_pieces((locate("fairytales") / "tokenizer.model").read_bytes())
-    write_tokenizer_bin(tmp_path / "tokenizer.bin", pieces)
-    content = (tmp_path / "tokenizer.bin").read_bytes()
-    again = parse_tokenizer_bin(content, len(pieces), "here")
+    again = parse_tokenizer_bin(tokenizer_bin(pieces), len(pieces), "here")
     assert [p.text for p in again] == [p.text for p in pieces]
     assert [p.score for p in again[3:]] == [p.score for p in pieces[3:]]
