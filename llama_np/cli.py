@@ -616,8 +616,8 @@ def run_bulk(args: argparse.Namespace, task: Any, lines: list[str]) -> list[dict
 
     limit_threads(args.threads)
     found: list[dict[str, Any]] = []
+    run = "" if args.output is None else bulk.identity(task, args.scheduler)
     if args.output is not None:
-        run = bulk.identity(task, args.scheduler)
         found = bulk.resume(args.output, lines, run)
     if found:
         note(f"{len(found)} lines were done before")
