@@ -18,8 +18,8 @@ import numpy as np
 from llama_np import rope
 from llama_np.activations import ACTIVATIONS
 from llama_np.config import Config
-from llama_np.experiment import Op, Place, Run
-from llama_np.layers import merge_heads, rotate, split_heads
+from llama_np.experiment import Op, Place, Run, one_call
+from llama_np.layers import merge_heads, rms_norm, rotate, split_heads
 from llama_np.linear import linear
 from llama_np.model import causal
 from llama_np.ports import from_interleaved, to_interleaved
@@ -551,6 +551,29 @@ def hole_in_cache(run: Run, further: int) -> Run | None:
     return changed.with_ops(self_attn__k_rot=emptied(2), self_attn__v_proj=emptied(1))
 
 
+def keys_and_values_reread(rounded: Callable[[np.ndarray], np.ndarray], run: Run) -> Run | None:
+    """Attention to rounded keys and values, where those before rounding are shown."""
+    single = one_call(run)
+    if len(single.calls) > 1:
+        return None
+
+    def scores(array: np.ndarray, place: Place) -> np.ndarray:
+        q, k = place.seen["self_attn.q_rot"], rounded(place.seen["self_attn.k_rot"])
+        return q @ _per_query_head(k, q).swapaxes(2, 3) / math.sqrt(place.config.head_dim)
+
+    def context(array: np.ndarray, place: Place) -> np.ndarray:
+        v = split_heads(rounded(place.seen["self_attn.v_proj"]), place.config.head_dim)
+        weights = place.seen["self_attn.weights"]
+        return merge_heads(weights @ _per_query_head(v, weights))
+
+    return single.with_ops(self_attn__scores=scores, self_attn__context=context)
+
+
+def _per_query_head(array: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(B, K, S, H) -> (B, N, S, H): the key/value head of each query head."""
+    return array.repeat(queries.shape[1] // array.shape[1], axis=1)
+
+
 def _calls_of_prompt(run: Run) -> int:
     """How many calls the prompt takes; one call for everything counts as that."""
     return int(np.searchsorted(np.cumsum(run.calls), run.prompt)) + 1
@@ -919,6 +942,19 @@ CATALOGUE: tuple[Mistake, ...] = (
         (exchanged("input_layernorm", "post_attention_layernorm"),),
     ),
     Mistake(
+        "final_norm_twice",
+        "The final norm is applied again to states that are normalized already.",
+        "hidden_states[-1] of transformers has been through model.norm.",
+        (),
+        (
+            ops(
+                model__norm=lambda array, place: rms_norm(
+                    "model.norm", array, place.w, place.config.rms_norm_eps
+                )
+            ),
+        ),
+    ),
+    Mistake(
         "final_norm_missing",
         "The norm before the head is left out.",
         "Apply model.norm to the last layer's output.",
@@ -1068,6 +1104,13 @@ CATALOGUE: tuple[Mistake, ...] = (
         "Pass the number of cached tokens as the start position.",
         ("keras-team/keras-hub#1544", "Blaizzy/mlx-vlm#1983"),
         (decode_positions(lambda p, prompt: 0),),
+    ),
+    Mistake(
+        "position_stuck_decode",
+        "All decode steps are rotated at the prompt's length: the position does not advance.",
+        "Every decoded token's position is one further than the one before.",
+        (),
+        (decode_positions(lambda p, prompt: prompt),),
     ),
     Mistake(
         "position_restart",
@@ -1228,6 +1271,18 @@ CATALOGUE: tuple[Mistake, ...] = (
         "Store the new key and value first, then attend.",
         (),
         (sees(lambda q, key, first, prompt: (key <= q) & ((q < prompt) | (key < q))),),
+    ),
+    Mistake(
+        "cache_low_precision",
+        "Keys and values are kept in 16 bits.",
+        "Expected where the cache is meant to be half as large; compare with a float32 cache.",
+        (),
+        (
+            ops(self_attn__k_rot=rounded_op(F16), self_attn__v_proj=rounded_op(F16)),
+            ops(self_attn__k_rot=rounded_op(BF16), self_attn__v_proj=rounded_op(BF16)),
+            partial(keys_and_values_reread, F16),
+            partial(keys_and_values_reread, BF16),
+        ),
     ),
     Mistake(
         "softmax_low_precision",
