@@ -534,7 +534,7 @@ def _faulty_ops(evidence: Evidence, model: Model) -> tuple[str, ...]:
         return ()
     more = f" and {len(ops) - SHOWN} more" if len(ops) > SHOWN else ""
     count = f"{len(ops)} of {len(found.checked)} ops do not follow from their own inputs"
-    return (f"replay: {count}: {', '.join(ops[:SHOWN])}{more}",)
+    return (f"replay: {count}: {', '.join(ops[:SHOWN])}{more}", *found.notes)
 
 
 def _fits(evidence: Evidence, trial: Trial) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,11 @@ SUMMED = INPUT_OF | {
     "post_attention_layernorm": "post_attention_layernorm",
     "model.norm": "model.norm",
 }
+QUANTIZED = (
+    "every matrix product, and nothing else, is off, at the median by {:.1%}: "
+    "if its weights are quantized, compare with the quantized model"
+)
+LITTLE = 0.2  # relative error of a product with weights of four bits
 SEARCHED = 3  # faulty ops for which another weight is looked for
 SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions that are tried
 
@@ -266,10 +271,22 @@ def _replayed(port: Port, run: Run, like: Golden, interleaved: bool) -> Replayed
         notes.append("q, k and tables have their channels in another order: equivalent")
     if not checked:
         notes.append("nothing could be recomputed: no known array in the dump")
+    if _quantized(checked, faulty):
+        size = float(np.median([f.error for f in faulty]))
+        notes.append(QUANTIZED.format(size))
     verdict = PASS if checked and not faulty else FAIL
     searched = [replace(f, right_with=_weight_that_fits(f, exact, run)) for f in faulty[:SEARCHED]]
     faulty = (*searched, *faulty[SEARCHED:])
     return Replayed(verdict, faulty, port.precision, tuple(checked), tuple(notes))
+
+
+def _quantized(checked: Sequence[Fault], faulty: Sequence[Fault]) -> bool:
+    """Whether (nearly) all matrix products are faulty by a little, and nothing else is."""
+    products = [f for f in checked if split_name(f.op)[1] in INPUT_OF]
+    wrong = [f for f in faulty if split_name(f.op)[1] in INPUT_OF]
+    others = {split_name(f.op)[1] for f in faulty} - INPUT_OF.keys() - {"model.embed_tokens"}
+    few = len(products) < 4 or len(wrong) < 0.8 * len(products)
+    return not (few or others) and all(f.error < LITTLE for f in faulty)
 
 
 def _permuted_alike(exact: _Pass, faulty: tuple[Fault, ...], H: int) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,3 +231,24 @@ def test_the_weight_with_which_an_op_is_right_is_named(name: str, precision: Pre
 def test_a_head_that_should_be_tied_or_not_is_named() -> None:
     (fault,) = replayed(mistaken("head_untied")).faulty
     assert (fault.op, fault.right_with) == ("lm_head", "model.embed_tokens.weight")
+
+
+def rounded_rows(matrix: np.ndarray, steps: int) -> np.ndarray:
+    scale = np.abs(matrix).max(axis=1, keepdims=True) / steps
+    return np.asarray(np.round(matrix / scale) * scale, matrix.dtype)
+
+
+@pytest.mark.parametrize("steps", [127, 7])  # weights of 8 and 4 bits
+def test_quantized_weights_are_suspected(steps: int) -> None:
+    def quantized(name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: rounded_rows(a, steps) if a.ndim == 2 else a for k, a in value.items()}
+
+    (note,) = replayed(dump(plain().with_weights(quantized))).notes
+    assert "every matrix product, and nothing else, is off" in note
+
+
+def test_one_wrong_product_is_not_taken_for_quantized_weights() -> None:
+    for name in ("gate_up_swapped", "head_untied", "weights_rounded_f16"):
+        assert not replayed(mistaken(name)).notes
