@@ -251,6 +251,17 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
         assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.filterwarnings("ignore:the classification head is left out")
+def test_models_of_one_folder_share_an_equal_tokenizer_and_no_other(tmp_path: Path) -> None:
+    for name in ("one.bin", "two.bin"):
+        convert("fairytales", tmp_path / name, to="llama2c")
+    (tmp_path / "tokenizer.bin").write_bytes(b"another")
+    with pytest.raises(FileExistsError, match=r"tokenizer\.bin"):
+        convert("fairytales", tmp_path / "three.bin", to="llama2c")
+    assert (tmp_path / "tokenizer.bin").read_bytes() == b"another"
+    assert not (tmp_path / "three.bin").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"to": "meta", "shards": 2}, {"to": "llama2c"}, {"to": "llama2c", "version": 2}],

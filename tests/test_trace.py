@@ -12,6 +12,7 @@ from golden_models import IDS, golden, plain, tiny
 from models import at_rest_in_bf16, random_tokens, tiny_config, tiny_model
 from slow_llama import slow_logits
 
+from llama_np import trace
 from llama_np.checkpoint import expected_shapes
 from llama_np.config import config_to_dict
 from llama_np.errors import CheckpointError
@@ -236,3 +237,13 @@ def test_the_bundled_model_is_recorded() -> None:
     recorded = record("fairytales", IDS, points="blocks")
     assert recorded.about["parameters"].isdigit()
     assert run_of(recorded, open_model("fairytales")[1]).tokens.shape == (1, 12)
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_the_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record(tiny(), IDS)
+    monkeypatch.setattr(trace, "physical_memory", lambda: 100_000)
+    with pytest.raises(MemoryError, match=r"1 x 12 tokens needs about .* GB, more than"):
+        record(tiny(), IDS)
+    record(tiny(), IDS, points="blocks")
