@@ -23,6 +23,7 @@ from llama_np.checkpoint import load, load_tokenizer
 from llama_np.config import Config
 from llama_np.errors import require
 from llama_np.generate import generate
+from llama_np.options import check_standard_input
 from llama_np.perplexity import Likelihood, score
 from llama_np.prompt_cache import fingerprint
 from llama_np.sampling import Sampling
@@ -249,6 +250,8 @@ def read_lines(name: str) -> list[str]:
 
     Errors: ValueError for other bytes than text and if there is no line; OSError.
     """
+    if name == "-":
+        check_standard_input()
     content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         lines = text_lines(content.decode("utf-8-sig"))  # Windows puts a mark before the text

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_np.config import Config, config_from_dict, read_json
+from llama_np.config import Config, config_from_dict, read_config, read_json
 from llama_np.errors import CheckpointError, ConfigError, TokenizerError
 from llama_np.files import guess_format, open_regular, write_atomically
 from llama_np.gguf_file import parse_gguf
@@ -172,8 +172,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> tuple[Config, dict[str, St
     """The configuration and the tensors, as they rest, of whatever `locate` found."""
     format = file_format(path)
     if format in ("folder", "safetensors"):
-        config = config_from_dict(read_values(path), where=repr(str(path)))
-        return config, read_folder(path, mmap)
+        return read_config(_folder_of(path)), read_folder(path, mmap)
     source = read_single(path, format, mmap)
     config = config_from_dict(source.config, where=repr(str(path)))
     sources = {k: v.replace("config.json", "the file") for k, v in config.sources.items()}
@@ -200,10 +199,14 @@ def read_values(path: Path) -> dict[str, Any]:
     format = file_format(path)
     if format not in ("folder", "safetensors"):
         return read_single(path, format, mmap=True).config
-    folder = path if format == "folder" else path.parent
-    if format == "folder" and not (folder / "config.json").exists():
-        raise _nothing_to_load(folder, "config.json")
-    return read_json(folder / "config.json")
+    return read_json(_folder_of(path) / "config.json")
+
+
+def _folder_of(path: Path) -> Path:
+    """Where config.json stands: the checkpoint's folder, or the one that its file is in."""
+    if path.is_dir() and not (path / "config.json").exists():
+        raise _nothing_to_load(path, "config.json")
+    return path if path.is_dir() else path.parent
 
 
 def read_folder(path: Path, mmap: bool = True) -> dict[str, Stored]:

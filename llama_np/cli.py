@@ -19,11 +19,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_np import __version__, cli_chat, cli_convert, cli_oracle
+from llama_np.options import (
+    UsageError,
+    argument_text,
+    closed,
+    real,
+    some_text,
+    standard_input,
+    whole,
+)
 from llama_np.terminal import Progress, note, visible, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if closed(sys.stderr):  # there is nobody to complain to
+        sys.stderr = io.StringIO()
+    if closed(sys.stdout):
+        note("llama-np: error: standard output is closed")
+        return 1
     _speak_utf8()
     args = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
@@ -36,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `llama-np generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UsageError as problem:
+        note(f"llama-np: error: {problem} (llama-np --help)")
+        return 2
     except Exception as problem:
         if args.debug:
             raise
@@ -50,8 +67,9 @@ def _speak_utf8() -> None:
 
     A terminal keeps its encoding, and shows escapes for what that lacks.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # other bytes fail where they are used
+        encoding = None if sys.stdin.isatty() else "utf-8"
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):
         if sys.stdout.isatty():
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -130,41 +148,49 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_thread_option(parser: argparse.ArgumentParser) -> None:
     """The option of every command that multiplies matrices."""
     parser.add_argument(
-        "-t", "--threads", type=_positive, help="cores to use for matrix products (default: all)"
+        "-t", "--threads", type=whole(1), help="cores to use for matrix products (default: all)"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how tokens are chosen."""
     add = parser.add_argument
-    add("-n", "--max-tokens", type=int, default=256, help="at most so many (default: %(default)s)")
+    add(
+        "-n",
+        "--max-tokens",
+        type=whole(0),
+        default=256,
+        help="at most so many (default: %(default)s)",
+    )
     add(
         "--temp",
         "--temperature",
-        type=float,
+        type=real(">= 0", lambda t: t >= 0),
         default=0.0,
         help="how adventurous the choice of tokens is; 0 takes the likeliest (default: 0)",
     )
-    add("--top-k", type=int, default=0, help="draw from the K likeliest (default: 0, from all)")
+    add(
+        "--top-k", type=whole(0), default=0, help="draw from the K likeliest (default: 0, from all)"
+    )
     add(
         "--top-p",
-        type=float,
+        type=real("above 0, at most 1", lambda p: 0 < p <= 1),
         default=1.0,
         help="draw from the likeliest that together have this probability (default: 1, all)",
     )
     add(
         "--min-p",
-        type=float,
+        type=real("from 0 to 1", lambda p: 0 <= p <= 1),
         default=0.0,
         help="draw from those at least this times as likely as the likeliest (default: 0, all)",
     )
     add(
         "--repeat-penalty",
-        type=float,
+        type=real("above 0", lambda penalty: penalty > 0),
         default=1.0,
         help="above 1 makes tokens that stand in the text less likely (default: 1)",
     )
-    add("--seed", type=_not_negative, help="of the random choice (default: drawn and reported)")
+    add("--seed", type=whole(0), help="of the random choice (default: drawn and reported)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
@@ -172,25 +198,13 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     guess = parser.add_mutually_exclusive_group()
     guess.add_argument(
         "--prompt-lookup",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="guess up to N tokens from the text so far, and check them in one pass",
     )
     guess.add_argument(
         "--draft", metavar="MODEL", help="let a smaller model with the same vocabulary guess"
     )
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is a negative number")
-    return int(text)
 
 
 def _add_generate(commands: Any) -> None:
@@ -211,14 +225,14 @@ def _add_generate(commands: Any) -> None:
     add(
         "--stop",
         action="append",
+        type=some_text,
         default=[],
         metavar="TEXT",
         help="end before this text; repeatable",
     )
     add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    add(
-        "--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each step"
-    )
+    help = "with --json: the N likeliest tokens at each step"
+    add("--logprobs", type=whole(0), metavar="N", help=help)
     add("--json", action="store_true", help="one JSON object: text, tokens, why it ended, seed")
     add("--no-stream", action="store_true", help="print the text when it is done")
     add("--save-cache", metavar="FILE", help="keep the computed prompt")
@@ -230,17 +244,17 @@ def _add_generate(commands: Any) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """`llama-np generate`."""
     if args.logprobs is not None and not args.json:
-        raise ValueError("--logprobs needs --json")
+        raise UsageError("--logprobs needs --json")
     if args.prompts is not None and args.prompt is not None:
-        raise ValueError("give a prompt or --prompts FILE, not both")
+        raise UsageError("give a prompt or --prompts FILE, not both")
     if args.prompts is not None and (args.save_cache or args.load_cache):
-        raise ValueError("--save-cache and --load-cache need a single prompt")
+        raise UsageError("--save-cache and --load-cache need a single prompt")
     if args.prompts is not None and (args.prompt_lookup or args.draft):
-        raise ValueError("--prompt-lookup and --draft need a single prompt")
+        raise UsageError("--prompt-lookup and --draft need a single prompt")
     if args.prompts is None and (args.output or args.scheduler):
-        raise ValueError("--output and --scheduler need --prompts FILE")
+        raise UsageError("--output and --scheduler need --prompts FILE")
     if (args.output or args.scheduler) and (args.logprobs is not None or args.no_mmap):
-        raise ValueError("--output and --scheduler know no --logprobs and no --no-mmap")
+        raise UsageError("--output and --scheduler know no --logprobs and no --no-mmap")
     from llama_np.files import check_target
     from llama_np.workers import share_products
 
@@ -283,10 +297,10 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
         return read_lines(args.prompts)
     if args.prompt in (None, "-"):
-        if args.prompt is None and sys.stdin.isatty():
-            raise ValueError("no prompt: give one, or '-' to type it")
-        return [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
-    return [args.prompt]
+        if args.prompt is None and not closed(sys.stdin) and sys.stdin.isatty():
+            raise UsageError("no prompt: give one, or '-' to type it")
+        return [standard_input().rstrip("\r\n")]
+    return [argument_text(args.prompt)]
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -513,7 +527,7 @@ def run_tokenize(args: argparse.Namespace) -> int:
     """`llama-np tokenize`."""
     from llama_np.checkpoint import load_tokenizer
 
-    text = sys.stdin.buffer.read().decode("utf-8") if args.text == "-" else args.text
+    text = standard_input() if args.text == "-" else argument_text(args.text)
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(text, bos=not args.no_bos, special=args.special)
     tokens = tokenizer.tokens(ids)
@@ -640,6 +654,7 @@ def _add_inspect(commands: Any) -> None:
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     add_model_options(parser)
+    parser.set_defaults(model=None)
     parser.add_argument("--check", action="store_true", help="look for NaN and infinity")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_inspect)
@@ -650,7 +665,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     from llama_np.checkpoint import load
     from llama_np.inspection import describe, table
 
-    model = args.model_argument or args.model
+    if args.model_argument and args.model:
+        raise UsageError("give MODEL or --model, not both")
+    model = args.model_argument or args.model or "fairytales"
     if args.check:
         load(model, args.dtype, check_finite=True)
     summary = describe(model, args.dtype)
@@ -678,7 +695,7 @@ def run_explore(args: argparse.Namespace) -> int:
     from llama_np.files import write_atomically
 
     config, weights = load_model(args)
-    text = page(args.prompt, weights, config, load_tokenizer(args.model))
+    text = page(argument_text(args.prompt), weights, config, load_tokenizer(args.model))
     write_atomically(args.output, text.encode("utf-8"), args.overwrite)
     note(f"wrote {args.output}")
     return 0
@@ -693,10 +710,10 @@ def _add_bench(commands: Any) -> None:
     )
     add_model_options(parser)
     add_thread_option(parser)
-    add, many = parser.add_argument, {"type": _positive, "nargs": "+", "metavar": "N"}
+    add, many = parser.add_argument, {"type": whole(1), "nargs": "+", "metavar": "N"}
     add("--batch", **many, default=[1, 4, 8], help="texts at once (default: 1 4 8)")
     add("--prompt-tokens", **many, default=[128], help="lengths of prompts (default: 128)")
-    add("--context", type=_positive, default=128, help="tokens before decoding (default: 128)")
+    add("--context", type=whole(1), default=128, help="tokens before decoding (default: 128)")
     add("--compare", choices=["transformers"], help="measure this library, too")
     add("--plot", metavar="FILE.png", help="draw the roofline")
     add("--json", action="store_true", help="one JSON object")

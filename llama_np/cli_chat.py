@@ -15,6 +15,7 @@ from llama_np.checkpoint import load, load_tokenizer
 from llama_np.config import Config
 from llama_np.files import write_atomically
 from llama_np.generate import TextReader, Token
+from llama_np.options import argument_text, check_standard_input
 from llama_np.sampling import Sampling
 from llama_np.speculate import Draft, DraftModel, PromptLookup
 from llama_np.terminal import note, write
@@ -43,6 +44,7 @@ SAMPLING_NAMES = {
 
 def run_chat(args: argparse.Namespace) -> int:
     """Talk until the input ends or /exit."""
+    check_standard_input()
     chat = open_chat(args)
     if chat.effective_format == "plain":
         note("no chat template: the model continues your text (--format, if it knows one)")
@@ -81,7 +83,7 @@ def open_chat(args: argparse.Namespace) -> Chat:
     options = {"format": args.format, "draft": open_draft(args, config)}
     chat = Chat(config, weights, tokenizer, sampling, args.max_tokens, seed, **options)
     if args.system is not None:
-        chat.messages.append({"role": "system", "content": args.system})
+        chat.messages.append({"role": "system", "content": argument_text(args.system)})
     return chat
 
 

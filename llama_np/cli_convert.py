@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llama_np.options import UsageError, real, whole
 from llama_np.terminal import Progress, note
 
 EXAMPLES = """
@@ -42,30 +43,54 @@ def add_commands(commands: Any) -> None:
         help="default: each tensor's own; quantized ones become float32",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    _add_target_options(parser)
+    parser.set_defaults(run=run_convert)
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="max_position_embeddings to write (default: the source's)",
     )
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files, with --to meta")
+    parser.add_argument(
+        "--shards", type=whole(1), metavar="N", help="files, with --to meta (default: 1)"
+    )
     parser.add_argument(
         "--max-shard-size",
-        type=float,
-        default=5.0,
+        type=real("above 0", lambda size: size > 0),
         metavar="GB",
         help="of a file, with --to hf (default: 5)",
     )
     parser.add_argument(
-        "--version", type=int, default=0, choices=[0, 1, 2], help="of llama2.c's format (2: int8)"
+        "--version",
+        type=int,
+        choices=[0, 1, 2],
+        help="of llama2.c's format, with --to llama2c (default: 0; 2: int8)",
     )
-    parser.set_defaults(run=run_convert)
+
+
+ONLY_FOR = {
+    "--shards": ("meta",),
+    "--max-shard-size": ("hf",),
+    "--version": ("llama2c",),
+    "--dtype": ("hf", "meta"),
+}
+
+
+def _check_target_options(args: argparse.Namespace) -> None:
+    for option, formats in ONLY_FOR.items():
+        given = getattr(args, option[2:].replace("-", "_"))
+        if given is not None and args.to not in formats:
+            raise UsageError(f"{option} has no effect with --to {args.to}")
 
 
 def run_convert(args: argparse.Namespace) -> int:
     """Convert, with a progress line on standard error if that is a terminal."""
     from llama_np.convert import convert
 
+    _check_target_options(args)
     lines: list[Progress] = []
 
     def show(done: int, total: int) -> None:
@@ -79,9 +104,9 @@ def run_convert(args: argparse.Namespace) -> int:
         args.to,
         dtype=args.dtype,
         overwrite=args.overwrite,
-        shard_bytes=int(args.max_shard_size * 1e9),
-        shards=args.shards,
-        version=args.version,
+        shard_bytes=max(1, int((args.max_shard_size or 5) * 1e9)),
+        shards=args.shards or 1,
+        version=args.version or 0,
         context=args.context,
         progress=show,
     )

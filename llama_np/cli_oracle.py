@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llama_np.options import argument_text, whole, whole_numbers
 from llama_np.terminal import note, visible
 
 PRECISION_NAMES = ("float32", "bfloat16", "float16")
@@ -45,10 +46,17 @@ def _add_record(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="a text")
     what.add_argument(
-        "--ids", action="append", help="token ids, 1,2,3; given twice: a batch padded on the left"
+        "--ids",
+        action="append",
+        type=whole_numbers(0),
+        help="token ids, 1,2,3; given twice: a batch padded on the left",
     )
-    parser.add_argument("--decode", type=int, default=0, metavar="K", help="greedy tokens to feed")
-    parser.add_argument("--chunks", help="lengths of the prefill's calls, such as 5,3")
+    parser.add_argument(
+        "--decode", type=whole(0), default=0, metavar="K", help="greedy tokens to feed"
+    )
+    parser.add_argument(
+        "--chunks", type=whole_numbers(1), help="lengths of the prefill's calls, such as 5,3"
+    )
     parser.add_argument(
         "--points",
         choices=["all", "blocks", "logits"],
@@ -110,23 +118,15 @@ def _add_explain(commands: Any) -> None:
     parser.set_defaults(run=run_explain)
 
 
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as problem:
-        raise ValueError(f"{text!r}: expected whole numbers with commas between them") from problem
-
-
 def run_record(args: Any) -> int:
     """Write a golden file. Returns 0."""
     from llama_np.files import write_atomically
     from llama_np.scalars import scalar_lines
     from llama_np.trace import record
 
-    chunks = _ids(args.chunks) if args.chunks else None
     ids, about = _tokens(args)
     golden = record(
-        args.model, ids, decode=args.decode, chunks=chunks, points=args.points,
+        args.model, ids, decode=args.decode, chunks=args.chunks, points=args.points,
         store=args.store, about=about, progress=_progress(),
     )  # fmt: skip
     if args.scalars:
@@ -144,11 +144,11 @@ def run_record(args: Any) -> int:
 def _tokens(args: Any) -> tuple[list[Any], dict[str, str]]:
     about = {"model": Path(args.model).name}
     if args.ids is not None:
-        texts = [_ids(text) for text in args.ids]
-        return (texts if len(texts) > 1 else texts[0]), about
+        return (args.ids if len(args.ids) > 1 else args.ids[0]), about
     from llama_np.checkpoint import load_tokenizer
 
-    return list(load_tokenizer(args.model).encode(args.prompt)), about | {"prompt": args.prompt}
+    prompt = argument_text(args.prompt)
+    return list(load_tokenizer(args.model).encode(prompt)), about | {"prompt": prompt}
 
 
 def _progress() -> Any:

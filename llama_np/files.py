@@ -78,9 +78,13 @@ def check_target(path: PathLike, overwrite: bool = False) -> Path:
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         what = "file exists" if target.is_file() else "exists and is not a regular file"
         raise FileExistsError(errno.EEXIST, what, str(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path))
+    _check_parent(target)
     return target
+
+
+def _check_parent(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(target.parent))
 
 
 @contextmanager
@@ -123,6 +127,7 @@ def atomic_folder(path: PathLike, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(target, overwrite)
+    _check_parent(target)
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     with _named_after(path):
         partial.mkdir()

@@ -180,11 +180,10 @@ def _arrays(value: object) -> list[np.ndarray]:
     ("arguments", "message"),
     [
         (["generate", "x", "--model", "no/such/folder"], "'no/such/folder'"),
-        (["generate", "x", "--temp", "-1"], "temperature"),
-        (["generate", "x", "-n", "-1"], "max_new_tokens"),
-        (["generate", "x", "--logprobs", "2"], "--json"),
         (["generate", "--prompts", "no-such-file"], "no-such-file"),
         (["inspect", "no/such/folder"], "'no/such/folder'"),
+        (["explore", "x", "-o", "no/such/folder/x"], "folder'"),
+        (["convert", "fairytales", "no/such/folder/x"], "folder'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(arguments: list[str], message: str) -> None:
@@ -195,9 +194,77 @@ def test_an_error_is_one_line_and_exit_code_1(arguments: list[str], message: str
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate", "--no-such-option"]])
-def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
-    run(*arguments, code=2)
+WRONG_USAGE = {
+    "": "COMMAND",
+    "sing": "sing",
+    "generate --no-such-option": "--no-such-option",
+    "generate x --temp -1": "--temp/--temperature: '-1': expected a finite number >= 0",
+    "generate x --temp nan": "--temp/--temperature: 'nan'",
+    "generate x --top-p 0": "--top-p: '0': expected a finite number above 0, at most 1",
+    "generate x --min-p 2": "--min-p: '2': expected a finite number from 0 to 1",
+    "generate x --repeat-penalty x": "--repeat-penalty: 'x'",
+    "generate x -n -1": "-n/--max-tokens: '-1': expected a whole number >= 0",
+    "generate x --json --logprobs -2": "--logprobs: '-2'",
+    "generate x --logprobs 2": "--logprobs needs --json",
+    "generate x --prompts y": "not both",
+    "generate x -o y": "--output and --scheduler need --prompts",
+    "bench --batch a": "--batch: 'a': expected a whole number >= 1",
+    "inspect x -m y": "not both",
+    "record --ids 1,a -o z": "--ids: '1,a': expected whole numbers >= 0 with commas",
+    "record --ids 1,2,3 --chunks 0,3 -o z": "--chunks: '0,3': expected whole numbers >= 1",
+    "generate x --stop=": "--stop: expected a text, found an empty one",
+    "convert x y --shards 3": "--shards has no effect with --to hf",
+    "convert x y --version 2": "--version has no effect with --to hf",
+    "convert x y --to llama2c --dtype float16": "--dtype has no effect with --to llama2c",
+    "convert x y --to meta --max-shard-size 2": "--max-shard-size has no effect with --to meta",
+    "convert x y --max-shard-size nan": "--max-shard-size: 'nan': expected a finite number above 0",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE)
+def test_wrong_usage_is_exit_code_2_and_names_the_option(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(arguments.split())
+    except SystemExit as done:
+        code = done.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and WRONG_USAGE[arguments] in err
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tokenize hi >&-", "standard output is closed"),
+        ("generate -n 3 <&-", "standard input is closed"),
+        ("chat <&-", "standard input is closed"),
+        ("score - <&-", "standard input is closed"),
+        (r"generate < <(printf 'a\xffb')", "standard input: not UTF-8 text"),
+        (r"tokenize $'a\xff'", r"'a\udcff': not UTF-8 text"),
+    ],
+)
+def test_closed_streams_and_other_bytes_than_text_are_named(line: str, message: str) -> None:
+    command = f'"{sys.executable}" -m llama_np {line}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@POSIX
+def test_a_talk_goes_on_after_a_message_of_other_bytes_than_text() -> None:
+    command = [sys.executable, "-m", "llama_np", "chat", "-n", "3"]
+    done = subprocess.run(command, input=b"a\xffb\nOnce\n", capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout
+    assert b"error: the message is not UTF-8 text" in done.stderr
+
+
+@POSIX
+def test_closed_standard_error_is_nobodys_problem() -> None:
+    command = f'"{sys.executable}" -m llama_np generate Once -n 3 2>&-'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout
 
 
 @POSIX

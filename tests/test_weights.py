@@ -355,7 +355,7 @@ def test_existing_files_links_pipes_and_modes(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "m.safetensors"
     with pytest.raises(FileNotFoundError) as caught:
         save_tensors(nowhere, {"x": np.ones(2)})
-    assert caught.value.filename == str(nowhere)
+    assert caught.value.filename == str(nowhere.parent)
 
 
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
