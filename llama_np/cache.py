@@ -8,6 +8,8 @@ and holes do not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -208,3 +210,29 @@ def _stack(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     slots = min(above.shape[axis], below.shape[axis])
     cut = (slice(None),) * axis + (slice(slots),)
     return np.concatenate([above[cut], below[cut]])
+
+
+Transform = Callable[..., np.ndarray]
+
+
+def undone_on_error(transform: Transform) -> Transform:
+    """Let a forward pass that fails, or is interrupted, leave its cache as it was."""
+
+    @wraps(transform)
+    def run(
+        embedded: np.ndarray,
+        weights: Any,
+        config: Config,
+        cache: KVCache | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> np.ndarray:
+        start = 0 if cache is None else cache.length
+        try:
+            return transform(embedded, weights, config, cache, *more, **options)
+        except BaseException:
+            if cache is not None:
+                cache.crop(start)
+            raise
+
+    return run

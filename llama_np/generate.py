@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,7 @@ def generate(
     prompts: Sequence[Sequence[int]], weights: ModelWeights, config: Config, **options: object
 ) -> list[Completion]:
     """Complete every prompt; prompts are lists of token ids. Options: see `stream`."""
+    _check_prompts(prompts)
     completions = [Completion([int(i) for i in prompt]) for prompt in prompts]
     for token in stream(prompts, weights, config, **options):  # type: ignore[arg-type]
         done = completions[token.row]
@@ -105,11 +107,12 @@ def stream(
     draft: for a single prompt, what guesses tokens to be checked in one pass (`speculate`);
     the result is the same up to the order of summation.
     Errors: ValueError for an empty prompt, a number out of range or missing tokenizer;
-    IndexError for an unknown id; FloatingPointError for NaN logits.
+    TypeError for arguments of another kind; IndexError for an unknown id; FloatingPointError for
+    NaN logits.
     """
-    check_number("max_new_tokens", max_new_tokens, (int,))
-    if max_new_tokens < 0 or batch_size < 1:
-        raise ValueError("max_new_tokens must be at least 0 and batch_size at least 1")
+    _check_prompts(prompts)
+    _check_numbers(max_new_tokens, batch_size, logprobs)
+    _check_kinds(sampling, tokenizer)
     if stop_strings and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
     if any(not text for text in stop_strings):
@@ -119,7 +122,7 @@ def stream(
             raise ValueError(f"a {name} can be handed in for a single prompt only")
     if cache is not None and cache.batch != 1:
         raise ValueError(f"the cache holds {cache.batch} rows, expected one")
-    stops = frozenset(config.eos_token_id if stop_ids is None else stop_ids)
+    stops = frozenset(config.eos_token_id if stop_ids is None else _checked_stops(stop_ids))
     room = config.max_position_embeddings
     rows = _rows(prompts, seeds, config, tokenizer, tuple(stop_strings))
     for row in rows:
@@ -138,6 +141,39 @@ def stream(
     finally:
         if ahead is not None:
             ahead.settle()
+
+
+def _check_prompts(prompts: Any) -> None:
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(
+            "prompts are lists of token ids: encode texts first, tokenizer.encode(text)"
+        )
+
+
+def _check_numbers(max_new_tokens: int, batch_size: int, logprobs: int | None) -> None:
+    wanted = {"max_new_tokens": (max_new_tokens, 0), "batch_size": (batch_size, 1)}
+    if logprobs is not None:
+        wanted["logprobs"] = (logprobs, 0)
+    for name, (value, least) in wanted.items():
+        check_number(name, value, (int,))
+        if value < least:
+            raise ValueError(f"{name} = {value!r}: expected at least {least}")
+
+
+def _check_kinds(sampling: Any, tokenizer: Any) -> None:
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is a {type(sampling).__name__}, expected Sampling(...)")
+    if tokenizer is not None and getattr(tokenizer, "decode_stream", None) is None:
+        found = type(tokenizer).__name__
+        raise TypeError(f"tokenizer is a {found}, expected what load_tokenizer(...) returns")
+
+
+def _checked_stops(ids: Sequence[int]) -> list[int]:
+    for token in ids:
+        check_number("stop id", token, (int,))
+        if token < 0:
+            raise ValueError(f"stop id = {token!r}: expected at least 0")
+    return [int(token) for token in ids]
 
 
 @dataclass
@@ -178,6 +214,8 @@ def _rows(
         if not ids:
             raise ValueError(f"prompt {index} is empty: begin with the BOS token")
         check_number("seed", seed, (int,))
+        if seed < 0:
+            raise ValueError(f"seed = {seed!r}: expected at least 0")
         writer = None
         if tokenizer is not None:
             writer = StopStrings(tokenizer.decode_stream(prompt_ids=ids), stop_strings)

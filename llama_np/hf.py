@@ -353,6 +353,8 @@ class LlamaForSequenceClassification(_WithHead):
 
 def _last_tokens(input_ids: Any, pad: int | None, B: int, T: int) -> Array:
     """Where each row is read: (first pad - 1) mod T, which is the last column without a pad."""
+    if T == 0:
+        raise ValueError("a text without tokens has no class")
     if pad is None and B != 1:
         raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
     if pad is None or input_ids is None:

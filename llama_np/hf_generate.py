@@ -145,7 +145,7 @@ def generate(
         raise ValueError("`streamer` cannot be used with beam search (yet!). Set `num_beams` to 1.")
     if streamer is not None:
         streamer.put(ids)
-    draft = _draft(model, assistant_model, run, given)
+    draft = _draft(model, assistant_model, run)
     return _answer(run, _decode(run, ids, embedded, draft))
 
 
@@ -437,6 +437,8 @@ def _session(
 ) -> Session:
     """The rows of the prompts, before anything is fed."""
     B, P = ids.shape if embedded is None else embedded.shape[:2]
+    if not B:
+        raise ValueError(f"the prompts have shape {(B, P)}: there is no row to continue")
     mask = given.get("attention_mask")
     mask = _inferred_mask(ids, options) if mask is None and embedded is None else mask
     mask = np.ones((B, P), np.int64) if mask is None else np.asarray(mask)
@@ -471,7 +473,7 @@ def _inferred_mask(ids: np.ndarray, options: GenerationConfig) -> np.ndarray:
     return (ids != pad).astype(np.int64) if told else np.ones(ids.shape, np.int64)
 
 
-def _draft(model: Any, assistant: Any, run: Run, given: Mapping[str, Any]) -> Draft | None:
+def _draft(model: Any, assistant: Any, run: Run) -> Draft | None:
     """What guesses the next tokens, if speculation was asked for and can help."""
     options = run.options
     if assistant is None and options.prompt_lookup_num_tokens is None:

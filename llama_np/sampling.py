@@ -56,8 +56,15 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 
 def temperature(logits: np.ndarray, t: float) -> np.ndarray:
-    """Divide by t > 0: below 1 the distribution becomes sharper, above 1 flatter."""
-    return logits / float(t)
+    """Divide by t > 0: below 1 the distribution becomes sharper, above 1 flatter.
+
+    In a row whose largest logit would become infinite, it becomes 0 first.
+    """
+    t = max(float(t), float(np.finfo(logits.dtype).tiny))
+    best = logits.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        too_large = np.isfinite(best) & np.isinf(best / t)
+        return np.where(too_large, logits - best, logits) / t
 
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:

@@ -190,11 +190,24 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
         ({"seeds": [-1]}, ValueError),
         ({"seeds": [0, 1]}, ValueError),
         ({"stop_strings": ["x"]}, ValueError),
+        ({"logprobs": -1}, ValueError),
+        ({"logprobs": 1.5}, TypeError),
+        ({"stop_ids": ["the"]}, TypeError),
+        ({"stop_ids": [-1]}, ValueError),
+        ({"sampling": {"temperature": 1}}, TypeError),
+        ({"tokenizer": "fairytales"}, TypeError),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    name = next(iter(options)).replace("stop_", "stop.").rstrip("s")  # "stop id", "stop strings"
+    with pytest.raises(error, match=name):
         generate([[1, 5]], WEIGHTS, CONFIG, **options)
+
+
+def test_texts_in_place_of_ids_are_refused() -> None:
+    for prompts in ("Once", ["Once"]):
+        with pytest.raises(TypeError, match="prompts are lists of token ids"):
+            generate(prompts, WEIGHTS, CONFIG)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,15 @@ def test_empty_inputs_work(shape: tuple[int, int]) -> None:
     assert tiny()(np.zeros(shape, np.int32)).logits.shape == (*shape, 41)
 
 
+def test_no_row_and_no_token_are_refused_where_they_have_no_answer() -> None:
+    for options in ({}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="there is no row to continue"):
+            tiny().generate(np.zeros((0, 3), np.int64), max_new_tokens=2, **options)
+    classifier = LlamaForSequenceClassification(tiny().config)
+    with pytest.raises(ValueError, match="a text without tokens has no class"):
+        classifier(np.zeros((1, 0), np.int64))
+
+
 def test_given_pairs_are_never_changed_and_give_pairs_back() -> None:
     model, tokens = tiny(), random_ids()
     past = model(tokens[:, :4]).past_key_values

@@ -307,3 +307,58 @@ def test_the_trace_has_the_names_of_hugging_face_modules() -> None:
     assert trace.keys() == expected
     classify(random_tokens(CONFIG), WEIGHTS, CONFIG, tap=record(trace))
     assert trace.keys() == expected | {"score"}
+
+
+# What is refused
+
+
+def test_a_mask_to_be_added_is_refused() -> None:
+    tokens = random_tokens(CONFIG, 2)
+    B, T = tokens.shape
+    seen = np.tri(T, dtype=bool)[None, None]
+    expected = hidden_states(tokens, WEIGHTS, CONFIG)
+    same(hidden_states(tokens, WEIGHTS, CONFIG, visible=seen), expected)
+    with pytest.raises(TypeError, match="expected bool: True where a query sees a key"):
+        hidden_states(tokens, WEIGHTS, CONFIG, visible=np.where(seen, 0.0, -np.inf))
+    for wrong in (seen[0], seen[..., :-1], np.repeat(seen, B + 1, axis=0)):
+        with pytest.raises(ValueError, match=r"visible has shape .*expected \(2, 1, "):
+            hidden_states(tokens, WEIGHTS, CONFIG, visible=wrong)
+
+
+def test_one_position_does_not_stand_for_all_tokens() -> None:
+    tokens = random_tokens(CONFIG, 2)
+    for wrong in (np.array(3), np.array([3]), np.array([[3], [4]])):
+        with pytest.raises(ValueError, match=r"positions have shape .*, expected \(B, T\) = \(2, "):
+            hidden_states(tokens, WEIGHTS, CONFIG, positions=wrong)
+
+
+def test_float16_weights_are_refused() -> None:
+    half = random_weights(CONFIG, 0, np.float16)
+    with pytest.raises(TypeError, match=r"the embedding is float16, .* \.astype\(np\.float32\)"):
+        hidden_states(random_tokens(CONFIG, 1), half, CONFIG)
+
+
+@pytest.mark.parametrize("problem", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["model.layers.0", "model.layers.1", "model.norm"])
+def test_a_pass_that_fails_leaves_the_cache_as_it_was(
+    problem: type[BaseException], name: str
+) -> None:
+    tokens = random_tokens(CONFIG, 2)
+    cache = KVCache(CONFIG, len(tokens), dtype=np.float64)
+    hidden_states(tokens[:, :2], WEIGHTS, CONFIG, cache)
+
+    def broken(place: str, array: np.ndarray) -> np.ndarray:
+        if place == name:
+            raise problem
+        return array
+
+    with pytest.raises(problem):
+        hidden_states(tokens[:, 2:], WEIGHTS, CONFIG, cache, tap=broken)
+    assert cache.length == 2
+    expected = hidden_states(tokens, WEIGHTS, CONFIG)[:, 2:]
+    same(hidden_states(tokens[:, 2:], WEIGHTS, CONFIG, cache), expected)
+
+
+def test_a_text_without_tokens_has_no_class() -> None:
+    with pytest.raises(ValueError, match="no class"):
+        classify(np.zeros((2, 0), np.int64), WEIGHTS, CONFIG)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llama_np import sampling
+from llama_np.layers import softmax
 from llama_np.sampling import Sampling
 
 LOGITS = arrays(np.float32, (3, 11), elements=st.floats(-8, 8, width=32))
@@ -129,3 +130,11 @@ def test_nan_logits_are_reported_and_nothing_is_drawn_from_nothing() -> None:
         sampling.check_drawable(np.array([[0.0, np.nan]]))
     with pytest.raises(ValueError, match="forbidden"):
         sampling.check_drawable(np.full((1, 3), -np.inf))
+
+
+@pytest.mark.parametrize("t", [1e-40, 1e-320])
+def test_a_tiny_temperature_is_greedy(t: float) -> None:
+    logits = np.array([[1.0, 3.0, 2.0], [-5.0, -7.0, -np.inf]], np.float32)
+    sharp = sampling.temperature(logits, t)
+    assert sharp.dtype == logits.dtype
+    np.testing.assert_array_equal(softmax(sharp), [[0, 1, 0], [1, 0, 0]])
