@@ -32,6 +32,7 @@ from llama_np.errors import require
 from llama_np.generate import activation_dtype, prefill
 from llama_np.model import ModelWeights, hidden_states, logits
 from llama_np.precision import to_bf16
+from llama_np.threads import blas_name
 from llama_np.workers import share_products
 
 # Shapes of well-known models, to be measured with random weights.
@@ -257,6 +258,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "blas": blas_name(),
     }
 
 
@@ -347,6 +349,7 @@ def table(report: dict[str, Any]) -> str:
     first, peak = report["first_token_seconds"] * 1e3, report["peak_memory_bytes"]
     memory = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
     where = f"{name['processor']}, {name['cores']} cores, NumPy {name['numpy']}"
+    where += f", {name['blas']}" if name["blas"] else ""
     where += f", {report['processes']} processes" if report["processes"] > 1 else ""
     lines = [
         f"{report['model']} {report['dtype']} on {where}",

@@ -7,6 +7,8 @@ import warnings
 from functools import cache
 from typing import Any
 
+AVX512 = {"SkylakeX", "Cooperlake", "Sapphirerapids"}  # processors, as OpenBLAS names its kernels
+
 
 def limit_threads(count: int | None) -> None:
     """Let BLAS use `count` threads from now on; None leaves it as it is.
@@ -35,6 +37,33 @@ def blas_threads() -> int | None:
     if controller is None:
         return None
     return max((library["num_threads"] for library in controller.info()), default=1)
+
+
+def blas_name() -> str | None:
+    """BLAS, its version and the processors that its kernels are for; None without threadpoolctl."""
+    blas = _library()
+    if blas is None:
+        return None
+    kernels = blas.get("architecture")
+    return f"{blas['internal_api']} {blas['version']}" + (f" for {kernels}" if kernels else "")
+
+
+def avx512_kernels() -> bool:
+    """Whether BLAS is an OpenBLAS that multiplies with AVX-512; False without threadpoolctl.
+
+    OpenBLAS chooses its kernels when NumPy is imported: the best for this processor, unless the
+    environment variable OPENBLAS_CORETYPE names others.
+    """
+    blas = _library()
+    return blas is not None and blas.get("architecture") in AVX512
+
+
+@cache
+def _library() -> dict[str, Any] | None:
+    """What threadpoolctl says of BLAS; it stays the same, but for the number of threads."""
+    controller = _blas()
+    libraries = [] if controller is None else controller.info()
+    return libraries[0] if libraries else None
 
 
 @cache

@@ -19,9 +19,12 @@ from llama_np.linear import (
     times_bf16,
     times_few,
     times_padded,
+    times_transposed,
+    times_unpacked,
 )
 from llama_np.precision import to_bf16
-from llama_np.workers import share_products
+from llama_np.threads import blas_name
+from llama_np.workers import AWAKE, share_products
 
 LAYERS = 30
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
@@ -60,6 +63,7 @@ def main() -> None:
     named = {
         f"{kind}{i}": w for kind, ws in (("f", weights), ("b", bits)) for i, w in enumerate(ws)
     }
+    print(blas_name())
     for M in ROWS:
         inputs = {D: random.standard_normal((M, D), np.float32) for D in (576, 1536)}
         cases: Cases = {"plain": (times, weights), "bf16": (times_bf16, bits)}
@@ -67,8 +71,14 @@ def main() -> None:
             cases["few"] = (times_few, weights)
         if M % TILE:
             cases["padded"] = (times_padded, weights)
+        if 1 < M < 128:
+            cases["transposed"] = (times_transposed, weights)
+            cases["unpacked"] = (times_unpacked, weights)
         print(f"{M:>4} rows, one process: ", medians(cases, inputs))
         with share_products(named) as count:  # one after the other, as BLAS may change threads
+            start = time.perf_counter()
+            while time.perf_counter() < start + 2 * AWAKE:  # until the threads of BLAS sleep
+                milliseconds(linear, inputs, weights)
             shared = [
                 medians({"float32": (linear, weights)}, inputs),
                 medians({"bf16": (linear, bits)}, inputs),

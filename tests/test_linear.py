@@ -16,6 +16,8 @@ from llama_np.linear import (
     times_few,
     times_one,
     times_padded,
+    times_transposed,
+    times_unpacked,
 )
 from llama_np.precision import to_bf16, widen_bf16
 
@@ -35,19 +37,36 @@ def test_every_strategy_equals_the_plain_product(sizes: tuple[int, int, int]) ->
     # float64 sums of at most 40 numbers of order 1: only the order of summation differs
     np.testing.assert_allclose(times_few(rows, weight), expected, atol=1e-13)
     np.testing.assert_allclose(times_padded(rows, weight), expected, atol=1e-13)
+    np.testing.assert_allclose(times_transposed(rows, weight), expected, atol=1e-13)
+    np.testing.assert_allclose(times_unpacked(rows, weight), expected, atol=1e-13)
     for row, product in zip(rows, expected, strict=True):
         np.testing.assert_allclose(times_one(row[None], weight), product[None], atol=1e-13)
     np.testing.assert_allclose(linear(rows, weight), expected, atol=1e-13)
 
 
-@given(SIZES, st.integers(1, 3))
+@given(SIZES, st.integers(1, 5000))
+def test_a_product_in_small_pieces_is_the_product(sizes: tuple[int, int, int], small: int) -> None:
+    rows, weight = arrays(*sizes, np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SMALL", small)
+        found = times_unpacked(rows, weight)
+    # float64 sums of at most 40 numbers of order 1: only the order of summation differs
+    np.testing.assert_allclose(found, times(rows, weight), atol=1e-13)
+
+
+@given(SIZES, st.integers(1, 3), st.booleans(), st.booleans())
 def test_stacks_of_matrices_are_multiplied_one_by_one(
-    sizes: tuple[int, int, int], count: int
+    sizes: tuple[int, int, int], count: int, transposed: bool, avx512: bool
 ) -> None:
     rows, weight = arrays(*sizes, np.float64)
-    stack, other = np.stack([rows] * count), np.stack([weight.T] * count)
+    other = np.stack([weight] * count)
+    other = other.swapaxes(1, 2) if transposed else np.ascontiguousarray(other.swapaxes(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "avx512_kernels", lambda: avx512)
+        found = matmul(np.stack([rows] * count), other)
     # float64 sums of at most 40 numbers of order 1: only the order of summation differs
-    np.testing.assert_allclose(matmul(stack, other)[-1], times(rows, weight), atol=1e-13)
+    for product in found:
+        np.testing.assert_allclose(product, times(rows, weight), atol=1e-13)
 
 
 @given(SIZES, st.sampled_from([1, 100, 1 << 20]))
@@ -90,10 +109,21 @@ def test_inputs_are_never_changed() -> None:
     linear(rows, weight, bias)
 
 
-def test_the_strategy_follows_the_number_of_rows_and_the_kind_of_weight() -> None:
+@pytest.mark.parametrize("avx512", [False, True])
+def test_the_strategy_follows_the_rows_the_kind_of_weight_and_the_kernels(
+    avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "avx512_kernels", lambda: avx512)
     weight: np.ndarray = np.ones((4, 4), np.float32)
-    assert [strategy(M, weight) for M in (0, 1, 8, 128)] == [times] * 4
-    assert {strategy(M, weight) for M in FEW} == {times_few}
-    assert {strategy(M, weight) for M in (4, 7, 9, 127)} == {times_padded}
+    assert [strategy(M, weight) for M in (0, 1, 128, 512)] == [times] * 4
+    expected = {
+        FEW: times_unpacked if avx512 else times_few,
+        (4, 7): times_unpacked if avx512 else times_padded,
+        (8,): times_unpacked if avx512 else times,
+        (9, 127, 130): times_transposed if avx512 else times_padded,
+        (16, 120): times_transposed if avx512 else times,
+    }
+    for counts, product in expected.items():
+        assert {strategy(M, weight) for M in counts} == {product}
     bits = to_bf16(weight)
     assert [strategy(M, bits) for M in (0, 1, 2, 8)] == [times_bf16] * 4

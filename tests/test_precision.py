@@ -220,6 +220,8 @@ FUNCTIONS: dict[str, Case] = {
     "linear.times_few": product(linear.times_few),
     "linear.times_one": lambda array, w: linear.times_one(array(1, D), w["lm_head.weight"]),
     "linear.times_padded": product(linear.times_padded),
+    "linear.times_transposed": product(linear.times_transposed),
+    "linear.times_unpacked": product(linear.times_unpacked),
     "model.classify": lambda array, w: model.classify(TOKENS, w, CONFIG),
     "model.hidden_states": cached,
     "model.logits": lambda array, w: model.logits(array(B, T, D), w),
@@ -228,6 +230,7 @@ FUNCTIONS: dict[str, Case] = {
 }
 # Functions of whole numbers, truth values and Python floats, tested below or elsewhere.
 NOT_ABOUT_FLOATS = {
+    "cache.undone_on_error",
     "linear.float_strategy",
     "linear.strategy",
     "model.causal",

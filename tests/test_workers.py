@@ -52,15 +52,30 @@ def team(weights: dict[str, np.ndarray], processes: int = 2) -> Iterator[Team]:
         team.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads_that_sleep_at_once() -> Iterator[None]:
+    """Let the workers take part from the first product on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "AWAKE", 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
     return matrices()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, False), (3, False), (2, True)], ids=str)
 def shared(weights: dict[str, np.ndarray], request: pytest.FixtureRequest) -> Iterator[None]:
-    with team(weights, request.param):
-        yield
+    """A team of so many processes, as if BLAS had these kernels."""
+    processes, avx512 = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (linear, workers):
+            patch.setattr(module, "avx512_kernels", lambda: avx512)
+        workers._local.cache_clear()
+        with team(weights, processes):
+            yield
+    workers._local.cache_clear()
 
 
 @given(st.integers(0, MOST_ROWS + 2), st.sampled_from(list(matrices())))
@@ -111,6 +126,35 @@ def test_more_rows_than_pay_are_left_to_the_threads_of_blas(
         for M, expected in ((1, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, all_threads), (1, 1)):
             assert (pair.strategy(M, weight) is None) == (M > MOST_ROWS)
             assert blas_threads() == expected
+
+
+def test_with_avx512_float_weights_are_shared_for_as_many_rows_as_bfloat16_ones(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = (0, 1, 5, 6, MOST_ROWS, MOST_ROWS + 1)
+    for avx512, most in ((False, 5), (True, MOST_ROWS)):
+        monkeypatch.setattr(workers, "avx512_kernels", lambda avx512=avx512: avx512)
+        with team(weights) as pair:
+            for M in counts:
+                shares = pair.strategy(M, weights["float32 130"]) is not None
+                assert shares == (1 <= M <= most)
+
+
+def test_workers_wait_until_the_threads_of_blas_sleep(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights["bfloat16 130"]
+    now = 100.0
+    monkeypatch.setattr(workers, "AWAKE", 1.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with team(weights) as pair:
+        assert pair.strategy(1, weight) not in (None, pair.times)
+        now = 101.5
+        assert pair.strategy(1, weight) == pair.times
+        assert pair.strategy(MOST_ROWS + 1, weight) is None  # a prompt: BLAS uses its threads
+        assert pair.strategy(1, weight) not in (None, pair.times)
+        now = 103.0
+        assert pair.strategy(1, weight) == pair.times
 
 
 def test_a_killed_worker_costs_a_warning_and_no_result(weights: dict[str, np.ndarray]) -> None:
