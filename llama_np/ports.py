@@ -444,7 +444,32 @@ def _readings(
     elif "rotary_emb" in name:
         yield from _table_readings(values, shape, golden)
     else:
-        yield from _row_readings(axes, values, shape, golden)
+        plain, how = _in_plain_order(axes, values, shape, golden)
+        for reading, layout in _row_readings(axes, plain, shape, golden):
+            yield reading, ", ".join(filter(None, (layout, how)))
+
+
+def _in_plain_order(
+    axes: list[str], values: np.ndarray, shape: Sequence[int], golden: Golden
+) -> tuple[np.ndarray, str]:
+    """Texts before tokens, and every key head once."""
+    B, T = golden.tokens.shape
+    n = values.size * T // int(np.prod(shape))
+    if values.ndim > 2 and values.shape[:2] == (n, B) != (B, n):
+        return values.swapaxes(0, 1), "tokens before texts"
+    once = _once_per_group(values, golden.config) if axes[1] == "K" else None
+    return (values, "") if once is None else (once, "repeated for every query head")
+
+
+def _once_per_group(values: np.ndarray, config: Config) -> np.ndarray | None:
+    """Keys (..., N, T, H) or (..., T, N, H) with the repetitions of a group left out."""
+    N, G = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    for axis in (-3, -2):
+        if G > 1 and values.ndim > 2 and values.shape[axis] == N:
+            by_head = np.moveaxis(values, axis, 0)
+            if all(np.array_equal(by_head[i::G], by_head[::G]) for i in range(1, G)):
+                return np.moveaxis(by_head[::G], 0, axis)
+    return None
 
 
 def _row_readings(

@@ -21,6 +21,7 @@ from llama_np.experiment import (
     AXES,
     FLOAT64,
     INPUT_OF,
+    PEAK,
     PRECISIONS,
     Enough,
     Op,
@@ -67,8 +68,15 @@ QUANTIZED = (
     "every matrix product, and nothing else, is off, at the median by {:.1%}: "
     "if its weights are quantized, compare with the quantized model"
 )
+IN_PART = (
+    "{} alone: off by {:.1%} at the median in all channels, as with quantized weights, or with "
+    "those of another checkpoint"
+)
+ONE_STEP = "only {} could be recomputed, in one step from the tokens: `verify` is stricter there"
 LITTLE = 0.2  # relative error of a product with weights of four bits
+MOST_SUSPECTS = 7  # products of a layer
 SEARCHED = 3  # faulty ops for which another weight is looked for
+AFTER_SCORES = ("self_attn.scores", "self_attn.weights", "self_attn.context")
 SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions that are tried
 
 
@@ -76,7 +84,8 @@ SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions
 class Fault:
     """An op whose output does not follow from its inputs.
 
-    position: the first wrong row; right_with: another weight of the model with which it follows.
+    position: the first wrong row; channels: the wrong columns of its output, if they are few;
+    right_with: another weight of the model with which it follows.
     """
 
     op: str
@@ -84,6 +93,7 @@ class Fault:
     limit: float
     position: int | None = None
     reason: str = ""
+    channels: tuple[int, ...] = ()
     right_with: str = ""
 
 
@@ -119,14 +129,17 @@ class Replayed:
 
 def _where(fault: Fault) -> str:
     where = fault.reason or f"from position {fault.position}"
+    if fault.channels:
+        where += f", only in channel {', '.join(map(str, fault.channels))}"
     return f"{where}; right with {fault.right_with}" if fault.right_with else where
 
 
 def _brief(fault: Fault) -> dict[str, Any]:
     size = fault.error if np.isfinite(fault.error) else None
     brief = {"op": fault.op, "error": size, "limit": fault.limit, "position": fault.position}
-    texts = {"reason": fault.reason, "right_with": fault.right_with}
-    return brief | {key: text for key, text in texts.items() if text}
+    more = {"reason": fault.reason, "channels": list(fault.channels)}
+    more["right_with"] = fault.right_with
+    return brief | {key: value for key, value in more.items() if value}
 
 
 def replay(
@@ -153,6 +166,7 @@ def replay(
         turned = _replayed(given, run, like, interleaved=True)
         # Weights in the other layout look similar: there the rotation is wrong instead.
         result = turned if 2 * len(turned.faulty) < len(result.faulty) else result
+    result = _unless_unscaled(result, given, run, like)
     return _unless_shifted(result, given, run, like)
 
 
@@ -271,13 +285,26 @@ def _replayed(port: Port, run: Run, like: Golden, interleaved: bool) -> Replayed
         notes.append("q, k and tables have their channels in another order: equivalent")
     if not checked:
         notes.append("nothing could be recomputed: no known array in the dump")
-    if _quantized(checked, faulty):
-        size = float(np.median([f.error for f in faulty]))
-        notes.append(QUANTIZED.format(size))
+    if len(checked) == 1:
+        notes.append(ONE_STEP.format(checked[0].op))
     verdict = PASS if checked and not faulty else FAIL
     searched = [replace(f, right_with=_weight_that_fits(f, exact, run)) for f in faulty[:SEARCHED]]
     faulty = (*searched, *faulty[SEARCHED:])
+    notes += _suspicions(checked, faulty)
     return Replayed(verdict, faulty, port.precision, tuple(checked), tuple(notes))
+
+
+def _suspicions(checked: Sequence[Fault], faulty: Sequence[Fault]) -> list[str]:
+    """What products that are a little off in all channels, and nothing else, may mean."""
+    size = float(np.median([f.error for f in faulty])) if faulty else 0.0
+    if _quantized(checked, faulty):
+        return [QUANTIZED.format(size)]
+    dense = all(
+        split_name(f.op)[1] in INPUT_OF and f.error < LITTLE and not (f.channels or f.right_with)
+        for f in faulty
+    )
+    few = len(checked) > 1 and 0 < len(faulty) <= MOST_SUSPECTS
+    return [IN_PART.format(", ".join(f.op for f in faulty), size)] if dense and few else []
 
 
 def _quantized(checked: Sequence[Fault], faulty: Sequence[Fault]) -> bool:
@@ -318,7 +345,17 @@ def _fault(name: str, exact: _Pass, limit: float) -> Fault:
     by_row = np.linalg.norm(a - r, axis=1) / np.where(norms > 0, norms, 1)
     wrong = np.flatnonzero(by_row > limit)
     position = rows.start + int(wrong[0]) if len(wrong) and size > limit else None
-    return Fault(name, size, limit, position)
+    channels = _few_channels(mine, gold, limit) if size > limit else ()
+    return Fault(name, size, limit, position, channels=channels)
+
+
+def _few_channels(mine: np.ndarray, gold: np.ndarray, limit: float) -> tuple[int, ...]:
+    """The columns that hold the whole error of an array, if they are no more than a twentieth."""
+    C = gold.shape[-1]
+    off = np.linalg.norm((mine - gold).reshape(-1, C), axis=0)
+    usual = np.linalg.norm(gold) / math.sqrt(C) or 1.0
+    wrong = np.flatnonzero(off > PEAK * limit * usual)
+    return tuple(wrong.tolist()) if len(wrong) <= C // 20 else ()
 
 
 def _weight_that_fits(fault: Fault, exact: _Pass, run: Run) -> str:
@@ -414,6 +451,23 @@ def _rounding(names: Iterable[str], like: Golden) -> dict[str, float]:
         if name in captured:
             floors[name], skipped = skipped, 0.0
     return floors
+
+
+def _unless_unscaled(result: Replayed, port: Port, run: Run, like: Golden) -> Replayed:
+    """Scores that were captured before the scaling are right if all that follows them is."""
+    scores = [name for name in port.arrays if name.endswith("self_attn.scores")]
+    wrong = {split_name(f.op)[1] for f in result.faulty}
+    if not scores or not wrong or not wrong <= set(AFTER_SCORES):
+        return result
+    factor = 1 / math.sqrt(run.config.head_dim)
+    scaled = {
+        name: [replace(array, values=array.values * factor) for array in port.arrays[name]]
+        for name in scores
+    }
+    again = _replayed(replace(port, arrays={**port.arrays, **scaled}), run, like, False)
+    if again.faulty:
+        return result
+    return replace(again, notes=(*again.notes, "the scores were captured before the scaling"))
 
 
 def _unless_shifted(result: Replayed, port: Port, run: Run, like: Golden) -> Replayed:

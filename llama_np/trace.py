@@ -237,7 +237,9 @@ def make_run(model: Model, ids: Ids, decode: int = 0, chunks: Sequence[int] | No
     tokens, positions = texts_as_rows(ids)
     B, P = tokens.shape
     calls = (P,) if chunks is None else tuple(chunks)
-    if sum(calls) != P or min(calls) < 1:
+    if min(calls, default=1) < 1:
+        raise ValueError(f"chunks {calls}: expected at least one token in each")
+    if sum(calls) != P:
         raise ValueError(f"chunks {calls} do not add up to the {P} tokens of the prompt")
     if decode < 0 or (decode and "lm_head.weight" not in weights):
         raise ValueError(f"decode = {decode}: expected 0 or more, and a model with a lm_head")

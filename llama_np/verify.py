@@ -34,6 +34,8 @@ FLOOR = 6e-8  # the golden values themselves are rounded to float32
 HOPELESS = 0.7  # above this error nothing is in common, whatever the yardstick
 BROKEN = "NaN or infinity"
 PASS, NOTE, FAIL, SAME = "pass", "note", "fail", "equivalent"
+PROBABILITIES = "these are probabilities: dump the logits, or log-probabilities"
+IDS_ALONE = "only token ids were compared: the dump holds no array"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,10 @@ def compare(golden: Golden, port: Port) -> Report:
     findings = _same_rows(findings, golden, fed)
     findings = _settle_layouts(findings, golden, port)
     findings += _topk_findings(golden, port) + _greedy_findings(golden, port)
-    if not findings and not (port.tokens is not None and not problems):
+    alone = not findings and port.tokens is not None and not problems
+    if alone and golden.prompt < golden.tokens.shape[1] and not port.unknown:
+        notes.append(IDS_ALONE)
+    elif not findings:
         problems.append("the dump and the golden file have nothing in common")
     problems += _invisible_winners(golden, port)
     problems += _partly_decoded(findings, golden) if not problems else []
@@ -162,7 +167,7 @@ def compare(golden: Golden, port: Port) -> Report:
     failed = bool(problems) or FAIL in statuses
     seen = {f.tensor for f in findings}
     return Report(
-        FAIL if failed else NOTE if NOTE in statuses else PASS,
+        FAIL if failed else NOTE if NOTE in statuses or alone else PASS,
         tuple(findings),
         port.precision,
         tuple(problems),
@@ -427,6 +432,7 @@ def _settle_layouts(findings: list[Finding], golden: Golden, port: Port) -> list
     state = _Settling({f.tensor: f for f in findings}, golden, port)
     for layer in range(golden.config.num_hidden_layers):
         _settle_rotary(state, layer)
+        _settle_scores(state, layer)
         _settle_heads(state, layer)
         _settle_mlp(state, layer)
     _settle_tables(state)
@@ -494,6 +500,13 @@ def _products(q: np.ndarray, k: np.ndarray, golden: Golden) -> np.ndarray:
     with np.errstate(all="ignore"):
         dots = (grouped @ k.astype(np.float64).swapaxes(2, 3)).reshape(B, N, T, T)
     return cleaned("model.layers.0.self_attn.scores", dots, golden, slice(0, T))
+
+
+def _settle_scores(state: _Settling, layer: int) -> None:
+    """Scores that were captured before they were scaled; the softmax read the scaled ones."""
+    scores, weights = (full_name(layer, local) for local in READS_PRODUCTS[:2])
+    if state.good(weights) and state.bad(scores) and _is_scaled(state, scores):
+        state.excuse(scores, "another scale, but the weights are right: before the scaling?")
 
 
 def _settle_heads(state: _Settling, layer: int) -> None:
@@ -612,6 +625,15 @@ def _settle_logits(state: _Settling) -> None:
         if grade(mine, centred, error(mine, centred), found.yardstick)[0] != FAIL:
             state.excuse("lm_head", "a constant per token was added (log-probabilities?)")
             return
+        if _are_probabilities(view.values):
+            state.findings["lm_head"] = replace(found, reason=PROBABILITIES)
+            return
+
+
+def _are_probabilities(rows: np.ndarray) -> bool:
+    """Whether no number is negative and every row adds up to 1."""
+    sums = rows.sum(axis=-1, dtype=np.float64)
+    return bool((rows >= 0).all() and np.allclose(sums, 1, atol=1e-2))  # 1e-2: bfloat16
 
 
 def _invisible_winners(golden: Golden, port: Port) -> list[str]:
@@ -704,24 +726,31 @@ def hint(report: Report) -> str:
     first = report.first_divergence
     if first is None:
         return ""
-    if not np.isfinite(first.error):
+    if not np.isfinite(first.error) or first.reason:
         return _broken_rows(first) if first.reason in ("", BROKEN) else first.reason
     local = split_name(first.tensor)[1]
     at, start = first.position or 0, first.start
+    if len(report.findings) == 1 and local in LATE:
+        return f"wrong from position {at} on: dump the blocks, too, to see where it begins"
     heads = _some_heads(first)
     if report.prompt and at >= report.prompt and start < report.prompt:
         return "the prompt is right, decoding is wrong: positions, cache slots or mask offset"
     if at > start and start == 0:
-        usual = USUALLY[local] if local in ROTARY else "rotary angles, mask, or key/value heads"
+        by_token = local in ROTARY or local == "model.embed_tokens"
+        usual = USUALLY[local] if by_token else "rotary angles, mask, or key/value heads"
         return f"clean before position {at}: {usual}" + heads
     return USUALLY.get(local, "wrong from the first token: weights or arithmetic") + heads
+
+
+LATE = ("block", "model.norm", "lm_head")
 
 
 def _broken_rows(finding: Finding) -> str:
     """What NaN usually means, by the rows that have it."""
     rows = [finding.start + i for i, e in enumerate(finding.profile) if not np.isfinite(e)]
     local = split_name(finding.tensor)[1]
-    if 0 < len(rows) < len(finding.profile) and local in (*READS_PRODUCTS, *ATTENTION_OUTPUT):
+    attends = local in (*READS_PRODUCTS, *ATTENTION_OUTPUT) and local != "block"
+    if 0 < len(rows) < len(finding.profile) and attends:
         where = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         return f"NaN or infinity only at position {where}: fully masked (softmax of only -inf)?"
     return "NaN or infinity: overflow, a fully masked row, or memory that was never written"

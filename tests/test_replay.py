@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from golden_models import dump, golden, mistaken, plain, tiny
 from models import tiny_model
+from test_mistakes import NEEDS_MORE
 from test_verify import interleaved
 
 from llama_np.experiment import (
@@ -121,6 +122,7 @@ def test_logits_alone_are_one_interval() -> None:
     arrays = mistaken("rms_eps")
     found = replayed({"input_ids": arrays["input_ids"], "lm_head": arrays["lm_head"]})
     assert [f.op for f in found.faulty] == ["lm_head"]
+    assert "only lm_head could be recomputed" in found.notes[0]
 
 
 def test_decode_faults_begin_at_the_decode_steps() -> None:
@@ -186,11 +188,10 @@ def test_the_outcome_is_json() -> None:
     assert {"op", "error", "limit"} <= json.loads(text)["faulty"][0].keys()
 
 
-@pytest.mark.parametrize("name", [m.id for m in CATALOGUE][::4])
+@pytest.mark.parametrize("name", [m.id for m in CATALOGUE if m.id not in NEEDS_MORE][::4])
 def test_a_mistake_is_a_faulty_op_unless_it_only_feeds_other_tokens(name: str) -> None:
-    if variants(BY_ID[name], plain()):
-        expected = "pass" if name.startswith("bos_") else "fail"
-        assert replayed(mistaken(name)).verdict == expected
+    expected = "pass" if name.startswith("bos_") else "fail"
+    assert replayed(mistaken(name)).verdict == expected
 
 
 def test_channels_permuted_everywhere_are_equivalent() -> None:
@@ -252,3 +253,50 @@ def test_quantized_weights_are_suspected(steps: int) -> None:
 def test_one_wrong_product_is_not_taken_for_quantized_weights() -> None:
     for name in ("gate_up_swapped", "head_untied", "weights_rounded_f16"):
         assert not replayed(mistaken(name)).notes
+
+
+def test_quantized_weights_of_one_layer_are_suspected() -> None:
+    def quantized(name: str, value: Any) -> Any:
+        if name != "model.layers.1":
+            return value
+        mlp = [key for key in value if key.startswith("mlp") and value[key].ndim == 2]
+        return {**value, **{key: rounded_rows(value[key], 127) for key in mlp}}
+
+    found = replayed(dump(plain().with_weights(quantized)))
+    assert [f.op for f in found.faulty] == [
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    (note,) = found.notes
+    assert "down_proj alone: off by" in note and "quantized weights" in note
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong"),
+    [("mlp.up_proj", (5, 0)), ("self_attn.o_proj", (3, 1)), ("input_layernorm", (7,))],
+)
+def test_the_channel_that_one_wrong_weight_spoils_is_named(
+    module: str, wrong: tuple[int, ...]
+) -> None:
+    def flipped(name: str, value: Any) -> Any:
+        if name != "model.layers.1":
+            return value
+        changed = value[f"{module}.weight"].copy()
+        changed[wrong] *= -1
+        return {**value, f"{module}.weight": changed}
+
+    found = replayed(dump(plain().with_weights(flipped)))
+    (fault,) = found.faulty
+    assert (fault.op, fault.channels) == (f"model.layers.1.{module}", wrong[:1])
+    assert not found.notes and f"only in channel {wrong[0]}" in str(found)
+    assert found.as_dict()["faulty"][0]["channels"] == [wrong[0]]
+
+
+def test_scores_before_the_scaling_are_not_faulty() -> None:
+    arrays = dump(plain())
+    factor = golden().config.head_dim ** 0.5
+    for name in [name for name in arrays if name.endswith("self_attn.scores")]:
+        arrays[name] = arrays[name] * factor
+    found = replayed(arrays)
+    assert found.verdict == "pass"
+    assert found.notes == ("the scores were captured before the scaling",)
+    assert ops(replayed(mistaken("attn_scale_missing"))) == {"self_attn.scores"}

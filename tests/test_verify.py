@@ -53,6 +53,59 @@ def test_the_error_is_measured_in_yardsticks(times: float, status: str) -> None:
     assert report.verdict == status
 
 
+def test_tokens_before_texts_are_a_layout() -> None:
+    blocks = [name for name in clean() if name.endswith(("layernorm", "v_proj", "mlp"))]
+    arrays = {name: clean()[name].swapaxes(0, 1) for name in blocks}
+    report = judged(arrays)
+    assert report.verdict == "pass"
+    assert {f.layout for f in report.findings} == {"tokens before texts"}
+
+
+def test_keys_repeated_for_every_query_head_are_a_layout() -> None:
+    name, config = "model.layers.1.self_attn.k_rot", golden().config
+    G = config.num_attention_heads // config.num_key_value_heads
+    by_group = np.repeat(golden().tensors[name], G, axis=1)
+    for repeated in (by_group, by_group[0], by_group.swapaxes(1, 2)):
+        report = judged({name: repeated})
+        assert report.verdict == "pass"
+        assert report.findings[0].layout.endswith("repeated for every query head")
+    tiled = np.concatenate([golden().tensors[name]] * G, axis=1)  # another order of heads
+    assert judged({name: tiled}).verdict == "fail"
+
+
+def test_scores_before_the_scaling_are_equivalent_only_if_the_weights_are_right() -> None:
+    scores, weights = (f"model.layers.1.self_attn.{local}" for local in ("scores", "weights"))
+    arrays = clean()
+    arrays[scores] = arrays[scores] * 3
+    report = judged(arrays)
+    found = {f.tensor: f for f in report.findings}[scores]
+    assert report.verdict == "pass" and found.status == "equivalent"
+    first = judged(mistaken("attn_scale_missing")).first_divergence
+    assert first is not None and first.tensor == "model.layers.0.self_attn.scores"
+    del arrays[weights]
+    assert judged(arrays).verdict == "fail"
+
+
+def test_probabilities_are_recognized() -> None:
+    rows = golden().tensors["lm_head"].astype(np.float64)
+    e = np.exp(rows - rows.max(axis=-1, keepdims=True))
+    report = judged({"lm_head": e / e.sum(axis=-1, keepdims=True)})
+    assert report.verdict == "fail" and "these are probabilities" in hint(report)
+
+
+def test_logits_alone_say_that_more_is_needed() -> None:
+    found = hint(judged({"lm_head": mistaken("act_gelu")["lm_head"]}))
+    assert "dump the blocks, too" in found
+
+
+def test_a_token_that_differs_is_not_blamed_on_attention() -> None:
+    arrays = clean()
+    del arrays["input_ids"]
+    arrays["model.embed_tokens"] = arrays["model.embed_tokens"].copy()
+    arrays["model.embed_tokens"][0, 2] *= -1
+    assert "other token ids" in hint(judged(arrays))
+
+
 def test_a_single_wrong_number_is_found() -> None:
     arrays = clean()
     gold = golden().tensors["lm_head"]
@@ -323,10 +376,18 @@ def test_other_decoded_tokens_fail_but_earlier_rows_are_compared() -> None:
 
 def test_ids_alone() -> None:
     ids = clean()["input_ids"]
-    assert judged({"tokens": ids}).verdict == "pass"
-    assert judged({"tokens": ids[0].astype(np.int32)}).verdict == "pass"
+    for same in (ids, ids[0].astype(np.int32)):
+        report = judged({"tokens": same})
+        assert report.verdict == "note" and "only token ids" in report.notes[0]
     assert judged({"tokens": ids[:, :-1]}).verdict == "fail"
     assert judged({"tokens": ids[:, ::-1]}).verdict == "fail"
+    assert judged({"tokens": ids, "hidden": np.ones(3)}).verdict == "fail"
+
+
+def test_ids_that_were_given_show_nothing() -> None:
+    truth = record_golden(tiny(), IDS)  # without tokens that the port would have to find itself
+    report = verify(truth, {"tokens": truth.tokens}, check=False)
+    assert report.verdict == "fail" and "nothing in common" in report.problems[0]
 
 
 def top(arrays: Dump, k: int = 5) -> Dump:
