@@ -1,31 +1,110 @@
-"""Known mistakes of LLaMA implementations, each a small variation of the forward pass.
-
-A variation takes the plain run and returns a changed one: another config, other positions or
-visibility, changed weights, or named arrays computed differently. It returns None where it does
-not apply (no biases to drop, nothing to scale). Variations can be applied one after another.
-"""
+"""Known mistakes of LLaMA implementations, each a small variation of the forward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from llama_np import rope
-from llama_np.activations import ACTIVATIONS
-from llama_np.config import Config
-from llama_np.experiment import Op, Place, Run, one_call
-from llama_np.layers import merge_heads, rms_norm, rotate, split_heads
-from llama_np.linear import linear
-from llama_np.model import causal
+from llama_np.experiment import Run
+from llama_np.layers import rms_norm
 from llama_np.ports import from_interleaved, to_interleaved
-from llama_np.precision import round_bf16, round_f16, widen
-
-Variation = Callable[[Run], Run | None]
+from llama_np.precision import round_bf16, round_f16
+from llama_np.variations import (
+    NORMS,
+    ROTATED,
+    Variation,
+    activated,
+    activation_in,
+    added_to,
+    all_weights,
+    angles,
+    backwards,
+    cached_keys_unrotated,
+    capped,
+    context_reordered,
+    decode_positions,
+    decoded_keys_unrotated,
+    divided_by_n_minus_one,
+    eps_outside,
+    exchanged,
+    exponent_over,
+    first_token_missing,
+    fused_qkv_split_in_thirds,
+    gate_of,
+    half_as_wide,
+    half_kept,
+    half_of_the_run,
+    head_in,
+    head_is_embedding,
+    head_is_zero,
+    head_last,
+    heads_split,
+    hidden_scores,
+    hole_in_cache,
+    interleaved,
+    key_heads_taken_in_turn,
+    keys_and_values_reread,
+    keys_permuted_for_query_heads,
+    last_slot_overwritten,
+    layer_norm,
+    mask_after_softmax,
+    masked,
+    merged_untransposed,
+    misread_as_transposed,
+    missing_layer,
+    mlp_beside_attention,
+    model_width,
+    no_norm,
+    no_root,
+    norm_in_bf16,
+    norms,
+    one_more_in_sum,
+    ops,
+    other_activation,
+    padding_attended,
+    padding_counted,
+    plain_angles,
+    reads,
+    root_of_width,
+    rotated_twice,
+    rotated_values,
+    rotations,
+    rounded_angles,
+    rounded_frequencies,
+    rounded_op,
+    rounded_positions,
+    rounded_products,
+    rows_by_head,
+    rows_shifted,
+    scaled_linearly,
+    scores_times,
+    sees,
+    softmax_in,
+    sum_not_mean,
+    token_in_front,
+    transposed,
+    truncate_bf16,
+    unrotated,
+    untransposed,
+    unweighted,
+    up_of,
+    upper_layers_one_further,
+    values_reread,
+    values_rotated,
+    weighed,
+    weight_plus_one,
+    weights_of_neighbour,
+    width_per_head,
+    window,
+    with_each,
+    without_bias,
+    without_cache,
+    without_minus,
+    without_scaling,
+)
 
 
 @dataclass(frozen=True)
@@ -41,680 +120,6 @@ class Mistake:
     advice: str
     threads: tuple[str, ...]
     variations: tuple[Variation, ...]
-
-
-# Tokens: what is fed.
-
-
-def _is_plain(run: Run) -> bool:
-    """Whether only weights and config differ from the model as it is, for a single text."""
-    plain = not run.ops and run.rows is None and len(run.tokens) == 1
-    return plain and np.array_equal(run.visible, causal(run.positions, run.positions))
-
-
-def _with_tokens(run: Run, tokens: np.ndarray, added: int) -> Run:
-    """The run with `added` more tokens at the start of its prompt (or fewer)."""
-    B, T = tokens.shape
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    calls = (run.calls[0] + added, *run.calls[1:])
-    calls = calls if calls[0] else calls[1:]
-    changed = replace(run, tokens=tokens, positions=positions, calls=calls)
-    return replace(changed, visible=causal(positions, positions), prompt=run.prompt + added)
-
-
-def first_token_missing(run: Run) -> Run | None:
-    if run.prompt < 2 or not _is_plain(run):
-        return None
-    return _with_tokens(run, run.tokens[:, 1:], -1)
-
-
-def token_in_front(run: Run, shown: bool = True) -> Run | None:
-    bos = run.config.bos_token_id
-    if bos is None or not 0 <= bos < run.config.vocab_size or not _is_plain(run):
-        return None
-    tokens = np.concatenate([np.full_like(run.tokens[:, :1], bos), run.tokens], axis=1)
-    longer = _with_tokens(run, tokens, 1)
-    return longer if shown else replace(longer, rows=np.arange(1, tokens.shape[1]))
-
-
-# Weights: how they are read.
-
-
-def changed_layers(
-    change: Callable[[dict[str, np.ndarray], Config], Mapping[str, Any]],
-) -> Variation:
-    """A variation that replaces some of every layer's weights; None if it replaces none."""
-
-    def variation(run: Run) -> Run | None:
-        first = {name: np.asarray(a) for name, a in run.weights["model.layers.0"].items()}
-        if not change(first, run.config):
-            return None
-
-        def changed(name: str, value: Any) -> Any:
-            inside = isinstance(value, Mapping)
-            return {**value, **change(dict(value), run.config)} if inside else value
-
-        return run.with_weights(changed)
-
-    return variation
-
-
-def exchanged(a: str, b: str) -> Variation:
-    """Two modules of every layer with each other's weights and biases."""
-
-    def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        names = [(f"{x}.{kind}", f"{y}.{kind}") for kind in ("weight", "bias")
-                 for x, y in ((a, b), (b, a))]  # fmt: skip
-        pairs = [(x, y) for x, y in names if x in w]
-        fits = all(y in w and w[x].shape == w[y].shape for x, y in pairs)
-        return {x: w[y] for x, y in pairs} if fits else {}
-
-    return changed_layers(change)
-
-
-def without_bias(*modules: str) -> Variation:
-    def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        names = [f"{module}.bias" for module in modules]
-        return {name: np.zeros_like(w[name]) for name in names if name in w}
-
-    return changed_layers(change)
-
-
-def transposed(*modules: str) -> Variation:
-    def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        weights = {f"{m}.weight": w[f"{m}.weight"] for m in modules}
-        square = all(a.shape[0] == a.shape[1] for a in weights.values())
-        return {name: a.T for name, a in weights.items()} if square else {}
-
-    return changed_layers(change)
-
-
-def misread_as_transposed(*modules: str) -> Variation:
-    """The bytes of an (out, in) matrix taken for an (in, out) one."""
-
-    def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        names = [f"{m}.weight" for m in modules]
-        return {n: np.ascontiguousarray(w[n]).reshape(w[n].shape[::-1]).T for n in names}
-
-    return changed_layers(change)
-
-
-def _rows_by_head(change: Callable[[np.ndarray, Config], np.ndarray], *modules: str) -> Variation:
-    """The output channels (rows of weight and bias) of some modules rearranged."""
-
-    def changed(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        names = [f"self_attn.{m}.{kind}" for m in modules for kind in ("weight", "bias")]
-        return {name: change(w[name].T, config).T for name in names if name in w}
-
-    return changed_layers(changed)
-
-
-def keys_permuted_for_query_heads(run: Run) -> Run | None:
-    """The conversion from Meta's layout done with N heads on the K key heads."""
-    N, K, H = run.config.num_attention_heads, run.config.num_key_value_heads, run.config.head_dim
-    if N == K or (K * H) % (2 * N):
-        return None
-
-    def change(rows: np.ndarray, config: Config) -> np.ndarray:
-        return from_interleaved(to_interleaved(rows, H), K * H // N)
-
-    return _rows_by_head(change, "k_proj")(run)
-
-
-def fused_qkv_split_in_thirds(run: Run) -> Run | None:
-    """q, k, v stored group by group, split as if all of q came first."""
-
-    def change(w: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-        N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        changed: dict[str, np.ndarray] = {}
-        for kind in ("weight", "bias"):
-            names = [f"self_attn.{m}_proj.{kind}" for m in "qkv"]
-            if K == 1 or not all(name in w for name in names):
-                continue
-            q, k, v = (w[name] for name in names)
-            groups = [a.reshape(K, -1, *a.shape[1:]) for a in (q, k, v)]
-            fused = np.concatenate(groups, axis=1).reshape(-1, *q.shape[1:])
-            parts = np.split(fused, [N * H, N * H + K * H])
-            changed |= dict(zip(names, parts, strict=True))
-        return changed
-
-    return changed_layers(change)(run)
-
-
-def all_weights(change: Callable[[np.ndarray], np.ndarray]) -> Variation:
-    """Every weight, the embedding included, passed through a function."""
-
-    def changed(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: change(array) for key, array in value.items()}
-        return value if name == "model.embed_tokens.weight" else change(value)
-
-    def variation(run: Run) -> Run:
-        return run.with_weights(changed).with_op_map(
-            {"model.embed_tokens": lambda array, place: change(array)}
-        )
-
-    return variation
-
-
-def truncate_bf16(x: np.ndarray) -> np.ndarray:
-    """The upper half of a float32's bits, without rounding."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32).astype(x.dtype)
-
-
-def head_is_embedding(run: Run) -> Run | None:
-    if "lm_head.weight" not in run.weights:
-        return None
-    embedding = run.weights["model.embed_tokens.weight"]
-    if embedding is run.weights["lm_head.weight"]:
-        return None
-
-    def change(name: str, value: Any) -> Any:
-        return _numbers(embedding, value) if name == "lm_head.weight" else value
-
-    return run.with_weights(change)
-
-
-def _numbers(stored: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return widen(stored).astype(like.dtype)
-
-
-def head_is_zero(run: Run) -> Run | None:
-    return run.with_ops(lm_head=lambda array, place: np.zeros_like(array))
-
-
-# Configuration.
-
-
-def with_config(**changes: Any) -> Variation:
-    """Other values in the configuration; None if they are the model's own."""
-
-    def variation(run: Run) -> Run | None:
-        own = {name: getattr(run.config, name) for name in changes}
-        return None if own == changes else run.with_config(**changes)
-
-    return variation
-
-
-def without_scaling(run: Run) -> Run | None:
-    return with_config(rope_scaling={"rope_type": "default"})(run)
-
-
-def scaled_linearly(run: Run) -> Run | None:
-    scaling = run.config.rope_scaling
-    if scaling["rope_type"] == "linear" or "factor" not in scaling:
-        return None
-    return run.with_config(rope_scaling={"rope_type": "linear", "factor": scaling["factor"]})
-
-
-# Single arrays.
-
-
-def ops(**functions: Op) -> Variation:
-    """Arrays computed differently; "__" in a keyword stands for a dot."""
-    return lambda run: run.with_ops(**functions)
-
-
-def _rms(x: np.ndarray) -> np.ndarray:
-    return np.vecdot(x, x)[..., None] / x.shape[-1]
-
-
-NORMS = {
-    "input_layernorm": "x",
-    "post_attention_layernorm": "middle",
-    "model.norm": "block",
-}
-NormFormula = Callable[[np.ndarray, np.ndarray, float], np.ndarray]  # x, weight, eps
-
-
-def norms(formula: NormFormula, *names: str) -> Variation:
-    """All norms (or those named) computed by another formula."""
-
-    def op(name: str) -> Op:
-        def computed(array: np.ndarray, place: Place) -> np.ndarray:
-            weight = place.w[f"{name}.weight"]
-            x = place.seen[NORMS[name]]
-            return formula(x, weight, place.config.rms_norm_eps).astype(array.dtype, copy=False)
-
-        return computed
-
-    return lambda run: run.with_op_map({name: op(name) for name in names or NORMS})
-
-
-def _centred(x: np.ndarray) -> np.ndarray:
-    return x - x.mean(axis=-1, keepdims=True)
-
-
-def layer_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    centred = _centred(x)
-    return centred / np.sqrt(_rms(centred) + eps) * weight
-
-
-def eps_outside(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / (np.sqrt(_rms(x)) + eps) * weight
-
-
-def unweighted(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt(_rms(x) + eps)
-
-
-def weight_plus_one(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt(_rms(x) + eps) * (1 + weight)
-
-
-def sum_not_mean(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt(_rms(x) * x.shape[-1] + eps) * weight
-
-
-def norm_in_bf16(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    scale = round_bf16(1 / np.sqrt(round_bf16(_rms(round_bf16(x))) + eps))
-    return round_bf16(round_bf16(round_bf16(x) * scale) * round_bf16(weight))
-
-
-def no_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x
-
-
-# Rotation.
-
-ROTATED = {"self_attn.q_rot": "self_attn.q_proj", "self_attn.k_rot": "self_attn.k_proj"}
-Rotation = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # heads, cos, sin
-
-
-def rotations(formula: Rotation, *names: str) -> Variation:
-    """Queries and keys (or those named) rotated by another formula."""
-
-    def op(name: str) -> Op:
-        def rotated(array: np.ndarray, place: Place) -> np.ndarray:
-            heads = split_heads(place.seen[ROTATED[name]], place.config.head_dim)
-            cos, sin = (place.seen[f"model.rotary_emb.{t}"][:, None] for t in ("cos", "sin"))
-            return formula(heads, cos, sin)
-
-        return rotated
-
-    return lambda run: run.with_op_map({name: op(name) for name in names or ROTATED})
-
-
-def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    H = x.shape[-1]
-    return to_interleaved(rotate(from_interleaved(x, H), cos, sin), H)
-
-
-def backwards(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    return rotate(x, cos, -sin)
-
-
-def unrotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    return x
-
-
-def rotated_twice(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    return rotate(rotate(x, cos, sin), cos, sin)
-
-
-def values_rotated(run: Run) -> Run:
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        heads = split_heads(array, place.config.head_dim)
-        cos, sin = (place.seen[f"model.rotary_emb.{t}"][:, None] for t in ("cos", "sin"))
-        return merge_heads(rotate(heads, cos, sin))
-
-    return run.with_ops(self_attn__v_proj=op)
-
-
-Angles = Callable[[np.ndarray, Config], np.ndarray]  # positions (B, T) -> (B, T, H/2)
-
-
-def angles(formula: Angles, rounded: Callable[[np.ndarray], np.ndarray] | None = None) -> Variation:
-    """Rotary tables from other angles, or rounded to another precision."""
-
-    def table(function: Callable[[np.ndarray], np.ndarray]) -> Op:
-        def op(array: np.ndarray, place: Place) -> np.ndarray:
-            half = formula(place.positions, place.config)
-            values = function(np.concatenate([half, half], axis=-1))
-            values = values * rope.attention_factor(place.config)
-            return (values if rounded is None else rounded(values)).astype(array.dtype)
-
-        return op
-
-    names = {"model.rotary_emb.cos": table(np.cos), "model.rotary_emb.sin": table(np.sin)}
-    return lambda run: run.with_op_map(names)
-
-
-def _frequencies(config: Config) -> np.ndarray:
-    length = np.array([[config.max_position_embeddings]])
-    return rope.SCALINGS[config.rope_scaling["rope_type"]](config, length)
-
-
-def _times(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """(B, T) and (1, H/2) -> (B, T, H/2), in the precision of the frequencies."""
-    return positions[:, :, None].astype(frequencies.dtype) * frequencies[:, None]
-
-
-def plain_angles(positions: np.ndarray, config: Config) -> np.ndarray:
-    return _times(positions, _frequencies(config))
-
-
-def rounded_angles(
-    rounded: Callable[[np.ndarray], np.ndarray], positions: np.ndarray, config: Config
-) -> np.ndarray:
-    frequencies = rounded(_frequencies(config))
-    return rounded(rounded(positions[:, :, None].astype(np.float64)) * frequencies[:, None])
-
-
-def rounded_frequencies(
-    rounded: Callable[[np.ndarray], np.ndarray], positions: np.ndarray, config: Config
-) -> np.ndarray:
-    return _times(positions, rounded(_frequencies(config)))
-
-
-def rounded_positions(positions: np.ndarray, config: Config) -> np.ndarray:
-    return _times(round_bf16(positions.astype(np.float64)), _frequencies(config))
-
-
-def exponent_over(
-    width: Callable[[Config], float], positions: np.ndarray, config: Config
-) -> np.ndarray:
-    """theta^(-2j/width) instead of theta^(-2j/H)."""
-    exponents = np.arange(0, config.head_dim, 2) / width(config)
-    frequencies = np.power(config.rope_theta, -exponents).astype(config.rope_angles)
-    return _times(positions, frequencies[None])
-
-
-# Positions and visibility.
-
-
-def _decode(run: Run) -> np.ndarray | None:
-    """Which columns are decode steps; None if there are none."""
-    steps = np.arange(run.tokens.shape[1]) >= run.prompt
-    return steps if steps.any() and run.prompt else None
-
-
-def decode_positions(position: Callable[[np.ndarray, int], Any]) -> Variation:
-    """Decode steps rotated as if they stood elsewhere: position(true positions, prompt)."""
-
-    def variation(run: Run) -> Run | None:
-        steps = _decode(run)
-        if steps is None:
-            return None
-        positions = run.positions.copy()
-        positions[:, steps] = position(positions[:, steps], run.prompt)
-        return replace(run, positions=positions)
-
-    return variation
-
-
-def upper_layers_one_further(run: Run) -> Run | None:
-    """The cache's length is counted up within the pass: layers above the first are one off."""
-    steps = _decode(run)
-    if steps is None or run.config.num_hidden_layers < 2:
-        return None
-
-    def op(name: str) -> Op:
-        def rotated(array: np.ndarray, place: Place) -> np.ndarray:
-            if place.layer == 0:
-                return array
-            moved = place.positions + steps[place.columns]
-            length = np.array([[run.tokens.shape[1]]])
-            tables = rope.tables(moved, length, place.config, array.dtype)
-            return rotate(split_heads(place.seen[ROTATED[name]], place.config.head_dim), *tables)
-
-        return rotated
-
-    return run.with_op_map({name: op(name) for name in ROTATED})
-
-
-def padding_counted(run: Run, prompt_too: bool, decode_too: bool) -> Run | None:
-    """Rotary positions that count the padding in front, in one of the two phases."""
-    T = run.tokens.shape[1]
-    padded = (run.positions < 0).any()
-    steps = np.arange(T) >= run.prompt
-    if not padded or (not steps.any() and not (prompt_too and decode_too)):
-        return None
-    counted = (steps & decode_too) | (~steps & prompt_too)
-    columns = np.broadcast_to(np.arange(T), run.positions.shape)
-    real = run.positions >= 0
-    return replace(run, positions=np.where(counted & real, columns, run.positions))
-
-
-def padding_attended(run: Run) -> Run | None:
-    if not (run.positions < 0).any():
-        return None
-    T = run.tokens.shape[1]
-    return replace(run, visible=np.broadcast_to(np.tri(T, dtype=bool), run.visible.shape))
-
-
-def sees(
-    rule: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
-    blind: float | None = None,
-) -> Variation:
-    """Another mask: rule(query index, key index, first query of the same call, prompt).
-
-    Keys of later calls and padding stay invisible; None if nothing changes. blind: the weights
-    of a token that sees nothing: alike for all keys of its call (None), NaN or 0, depending on
-    whether its scores are the smallest number or -inf, and on how softmax takes that.
-    """
-
-    def variation(run: Run) -> Run | None:
-        ends = np.cumsum(run.calls)
-        first = np.repeat(ends - run.calls, run.calls)[:, None]
-        last = np.repeat(ends, run.calls)[:, None]
-        T = run.tokens.shape[1]
-        query, key = np.arange(T)[:, None], np.arange(T)[None]
-        allowed = rule(query, key, first, run.prompt) & (key < last)
-        visible = np.asarray(allowed & (run.positions[:, None, None] >= 0))
-        if np.array_equal(visible, run.visible):
-            return None
-        weights = (key < last) / last if blind is None else np.full((T, T), blind)
-        return _blind_rows(replace(run, visible=visible), weights)
-
-    return variation
-
-
-def _blind_rows(run: Run, given: np.ndarray) -> Run:
-    """Tokens that see nothing have the given weights (T, T)."""
-    sighted = np.asarray(run.visible.any(axis=-1))[:, 0]
-    blind = ~sighted & (run.positions >= 0)  # (B, T)
-
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        columns = place.columns
-        weights = given[columns, : columns.stop].astype(array.dtype)
-        return np.where(blind[:, None, columns, None], weights, array)
-
-    return run.with_ops(self_attn__weights=op) if blind.any() else run
-
-
-def hole_in_cache(run: Run, further: int) -> Run | None:
-    """A slot of zeros between prompt and decoded tokens, seen by every decode step."""
-    if _decode(run) is None or not _is_plain(run):
-        return None
-    P, T = run.prompt, run.tokens.shape[1]
-    order = np.concatenate([np.arange(P), [P - 1], np.arange(P, T)])
-    positions = run.positions[:, order].copy()
-    positions[:, P + 1 :] += further
-
-    def emptied(axis: int) -> Op:
-        def op(array: np.ndarray, place: Place) -> np.ndarray:
-            where = np.arange(T + 1)[place.columns] == P
-            shape = [-1 if i == axis else 1 for i in range(array.ndim)]
-            return np.where(where.reshape(shape), array.dtype.type(0), array)
-
-        return op
-
-    calls = (*run.calls[: _calls_of_prompt(run)], 1, *run.calls[_calls_of_prompt(run) :])
-    visible = run.visible[:, :, order][:, :, :, order].copy()
-    visible[:, :, :, P] = np.arange(T + 1) >= P
-    changed = replace(
-        run, tokens=run.tokens[:, order], positions=positions, visible=visible, calls=calls,
-        rows=np.delete(np.arange(T + 1), P),
-    )  # fmt: skip
-    return changed.with_ops(self_attn__k_rot=emptied(2), self_attn__v_proj=emptied(1))
-
-
-def keys_and_values_reread(rounded: Callable[[np.ndarray], np.ndarray], run: Run) -> Run | None:
-    """Attention to rounded keys and values, where those before rounding are shown."""
-    single = one_call(run)
-    if len(single.calls) > 1:
-        return None
-
-    def scores(array: np.ndarray, place: Place) -> np.ndarray:
-        q, k = place.seen["self_attn.q_rot"], rounded(place.seen["self_attn.k_rot"])
-        return q @ _per_query_head(k, q).swapaxes(2, 3) / math.sqrt(place.config.head_dim)
-
-    def context(array: np.ndarray, place: Place) -> np.ndarray:
-        v = split_heads(rounded(place.seen["self_attn.v_proj"]), place.config.head_dim)
-        weights = place.seen["self_attn.weights"]
-        return merge_heads(weights @ _per_query_head(v, weights))
-
-    return single.with_ops(self_attn__scores=scores, self_attn__context=context)
-
-
-def _per_query_head(array: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """(B, K, S, H) -> (B, N, S, H): the key/value head of each query head."""
-    return array.repeat(queries.shape[1] // array.shape[1], axis=1)
-
-
-def _calls_of_prompt(run: Run) -> int:
-    """How many calls the prompt takes; one call for everything counts as that."""
-    return int(np.searchsorted(np.cumsum(run.calls), run.prompt)) + 1
-
-
-# Heads.
-
-
-def key_heads_taken_in_turn(run: Run) -> Run | None:
-    """Query head n reads key head n mod K: the order that tiling keys instead of repeating gives.
-
-    Heads are reordered so that each meets the wrong keys, and put back where they are shown.
-    """
-    N, K = run.config.num_attention_heads, run.config.num_key_value_heads
-    if K in (1, N):
-        return None
-    order = np.argsort(np.arange(N) % K, kind="stable")  # which head stands at each place
-    back = np.argsort(order)
-    H = run.config.head_dim
-
-    def restored(array: np.ndarray, place: Place) -> np.ndarray:
-        return merge_heads(split_heads(array, H)[:, back])
-
-    shown = {f"self_attn.{name}": lambda array: array[:, back]
-             for name in ("q_rot", "scores", "weights")}  # fmt: skip
-    changed = run.with_op_map({
-        "self_attn.q_rot": lambda array, place: array[:, order],
-        "self_attn.context": restored,
-    })  # fmt: skip
-    return replace(changed, shown={**run.shown, **shown})
-
-
-def context_reordered(run: Run, by_channel: bool) -> Run | None:
-    """Heads merged in another order than the output projection expects."""
-    N, K, H = run.config.num_attention_heads, run.config.num_key_value_heads, run.config.head_dim
-
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        B, T, width = array.shape
-        if by_channel:
-            return array.reshape(B, T, N, H).swapaxes(2, 3).reshape(B, T, width)
-        return array.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(B, T, width)
-
-    return None if not by_channel and K in (1, N) else run.with_ops(self_attn__context=op)
-
-
-def scores_times(factor: Callable[[Config], float]) -> Variation:
-    return ops(self_attn__scores=lambda array, place: array * factor(place.config))
-
-
-def capped(limit: float) -> Op:
-    return lambda array, place: np.tanh(array / limit) * limit
-
-
-def rounded_op(rounded: Callable[[np.ndarray], np.ndarray]) -> Op:
-    return lambda array, place: rounded(array)
-
-
-# MLP, residual, head.
-
-
-def _activated(array: np.ndarray, place: Place) -> np.ndarray:
-    return ACTIVATIONS[place.config.hidden_act](array)
-
-
-def other_activation(name: str) -> Variation:
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        return ACTIVATIONS[name](_gate(place))
-
-    return lambda run: None if run.config.hidden_act == name else run.with_ops(mlp__act_fn=op)
-
-
-def _up(place: Place) -> np.ndarray:
-    w, x = place.w, place.seen["post_attention_layernorm"]
-    return linear(x, w["mlp.up_proj.weight"], w.get("mlp.up_proj.bias"))
-
-
-def _gate(place: Place) -> np.ndarray:
-    return place.seen["mlp.gate_proj"]
-
-
-def missing_layer(index: int) -> Variation:
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        skipped = place.layer == index % place.config.num_hidden_layers
-        return place.seen["x"] if skipped else array
-
-    return ops(block=op)
-
-
-def added_to(attention: str | None, after: str | None) -> Variation:
-    """What the two additions of every layer add to, instead of x and middle (None: nothing)."""
-    functions: dict[str, Op] = {}
-    if attention != "x":
-        functions["middle"] = lambda array, place: (
-            place.seen["self_attn"] + (place.seen[attention] if attention else 0)
-        )
-    if after != "middle":
-        functions["block"] = lambda array, place: (
-            place.seen["mlp"] + (place.seen[after] if after else 0)
-        )
-    return lambda run: run.with_op_map(functions)
-
-
-def mlp_beside_attention(x: np.ndarray, place: Place) -> np.ndarray:
-    layer_input = place.seen["x"]
-    eps = place.config.rms_norm_eps
-    weight = place.w["post_attention_layernorm.weight"]
-    return layer_input / np.sqrt(_rms(layer_input) + eps) * weight
-
-
-def rows_shifted(by: int, wrap: bool) -> Variation:
-    """Row t of the logits shows row t - by."""
-
-    def shown(array: np.ndarray) -> np.ndarray:
-        rows = np.arange(array.shape[1]) - by
-        return array[:, rows % len(rows) if wrap else np.clip(rows, 0, len(rows) - 1)]
-
-    return lambda run: replace(run, shown={**run.shown, "lm_head": shown})
-
-
-def head_in(rounded: Callable[[np.ndarray], np.ndarray]) -> Variation:
-    def op(array: np.ndarray, place: Place) -> np.ndarray:
-        hidden = rounded(place.seen["model.norm"])
-        return rounded(linear(hidden, rounded(place.w["lm_head.weight"])))
-
-    return ops(lm_head=op)
-
-
-def _other(name: str, *values: Any) -> tuple[Variation, ...]:
-    return tuple(with_config(**{name: value}) for value in values)
-
-
-def _width(config: Config) -> float:
-    return config.hidden_size
-
-
-def _width_per_head(config: Config) -> float:
-    return config.hidden_size / config.num_attention_heads
-
-
-def _root_of_width(config: Config) -> float:
-    return math.sqrt(config.hidden_size)
 
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -753,8 +158,8 @@ CATALOGUE: tuple[Mistake, ...] = (
         ("huggingface/transformers#25199", "tenstorrent/tt-metal#26844", "rasbt#747"),
         (
             rotations(interleaved),
-            _rows_by_head(lambda rows, c: to_interleaved(rows, c.head_dim), "q_proj", "k_proj"),
-            _rows_by_head(lambda rows, c: from_interleaved(rows, c.head_dim), "q_proj", "k_proj"),
+            rows_by_head(lambda rows, c: to_interleaved(rows, c.head_dim), "q_proj", "k_proj"),
+            rows_by_head(lambda rows, c: from_interleaved(rows, c.head_dim), "q_proj", "k_proj"),
             rotations(interleaved, "self_attn.k_rot"),
             rotations(interleaved, "self_attn.q_rot"),
         ),
@@ -777,6 +182,27 @@ CATALOGUE: tuple[Mistake, ...] = (
         ),
     ),
     Mistake(
+        "heads_untransposed",
+        "(tokens, heads * head_dim) is reshaped to (heads, tokens, head_dim): tokens are mixed.",
+        "Reshape to (tokens, heads, head_dim), then transpose to (heads, tokens, head_dim).",
+        (),
+        (heads_split(untransposed), without_cache(heads_split(untransposed))),
+    ),
+    Mistake(
+        "heads_head_dim_first",
+        "Channels are split as (head_dim, heads) instead of (heads, head_dim).",
+        "Head n owns the channels n * head_dim up to (n + 1) * head_dim.",
+        (),
+        (heads_split(head_last),),
+    ),
+    Mistake(
+        "heads_merged_untransposed",
+        "(heads, tokens, head_dim) is reshaped to (tokens, heads * head_dim): tokens are mixed.",
+        "Transpose to (tokens, heads, head_dim) first; view() refuses what reshape() does.",
+        (),
+        (merged_untransposed, without_cache(merged_untransposed)),
+    ),
+    Mistake(
         "fused_qkv_split",
         "A fused q/k/v matrix interleaved by group was split as [all q, all k, all v].",
         "Split each group into its query heads, one key head and one value head.",
@@ -791,10 +217,10 @@ CATALOGUE: tuple[Mistake, ...] = (
         (
             exchanged("mlp.gate_proj", "mlp.up_proj"),
             ops(
-                mlp__act_fn=lambda array, place: _activated(_up(place), place),
-                mlp__hidden=lambda array, place: place.seen["mlp.act_fn"] * _gate(place),
+                mlp__act_fn=lambda array, place: activated(up_of(place), place),
+                mlp__hidden=lambda array, place: place.seen["mlp.act_fn"] * gate_of(place),
             ),
-            ops(mlp__hidden=lambda array, place: _activated(_up(place), place) * _gate(place)),
+            ops(mlp__hidden=lambda array, place: activated(up_of(place), place) * gate_of(place)),
         ),
     ),
     Mistake(
@@ -879,18 +305,26 @@ CATALOGUE: tuple[Mistake, ...] = (
     ),
     Mistake(
         "layer_missing",
-        "One layer is skipped: the loop ends early or starts late.",
+        "One layer is skipped: the loop ends early, starts late or leaves one out.",
         "Run num_hidden_layers layers.",
         (),
-        (missing_layer(-1), missing_layer(0)),
+        tuple(missing_layer(index) for index in range(-1, 32)),
+    ),
+    Mistake(
+        "layer_weights_shifted",
+        "Layers have the weights of the layer before or after them.",
+        "Layer i reads the weights of model.layers.i, counted from 0.",
+        (),
+        (weights_of_neighbour(-1), weights_of_neighbour(1)),
     ),
     # norms and residual
     Mistake(
         "rms_eps",
-        "The norm's eps is a constant of the code instead of rms_norm_eps.",
-        "Read rms_norm_eps from config.json.",
+        "The norm's eps is a constant of the code instead of rms_norm_eps, or has no effect "
+        "(missing, or max(mean(x*x), eps)).",
+        "Read rms_norm_eps from config.json and add it to the mean before the square root.",
         ("ggml-org/llama.cpp#2373", "huggingface/candle#271", "Lightning-AI/lit-llama#339"),
-        _other("rms_norm_eps", 1e-6, 1e-5, 1e-8, 1e-12, 1e-3),
+        with_each("rms_norm_eps", 1e-6, 1e-5, 1e-8, 1e-12, 1e-3),
     ),
     Mistake(
         "rms_eps_outside",
@@ -926,6 +360,35 @@ CATALOGUE: tuple[Mistake, ...] = (
         "Divide the sum of squares by hidden_size.",
         (),
         (norms(sum_not_mean),),
+    ),
+    Mistake(
+        "rms_n_minus_one",
+        "The sum of squares is divided by hidden_size - 1, as an unbiased variance is.",
+        "Divide the sum of squares by hidden_size (torch.var divides by n - 1 by default).",
+        (),
+        (norms(divided_by_n_minus_one),),
+    ),
+    Mistake(
+        "rms_no_root",
+        "x / (mean(x*x) + eps): the square root is left out.",
+        "x / sqrt(mean(x*x) + eps) * weight",
+        (),
+        (norms(no_root),),
+    ),
+    Mistake(
+        "norm_bypassed",
+        "Projections read the stream from before the norm.",
+        "q, k, v read input_layernorm's output; gate and up read post_attention_layernorm's.",
+        (),
+        (
+            ops(self_attn__q_proj=reads("self_attn.q_proj", "x")),
+            ops(self_attn__k_proj=reads("self_attn.k_proj", "x")),
+            ops(self_attn__v_proj=reads("self_attn.v_proj", "x")),
+            ops(mlp__gate_proj=reads("mlp.gate_proj", "middle")),
+            ops(mlp__up_proj=reads("mlp.up_proj", "middle")),
+            norms(no_norm, "input_layernorm"),
+            norms(no_norm, "post_attention_layernorm"),
+        ),
     ),
     Mistake(
         "norm_low_precision",
@@ -1013,6 +476,25 @@ CATALOGUE: tuple[Mistake, ...] = (
         ),
     ),
     Mistake(
+        "rope_no_minus",
+        "The halves are exchanged without the minus: x * cos + concat(second, first) * sin.",
+        "x * cos + concat(-second half, first half) * sin",
+        (),
+        (rotations(without_minus), *(rotations(without_minus, name) for name in ROTATED)),
+    ),
+    Mistake(
+        "rope_partial",
+        "Only a part of every head is rotated, as with partial_rotary_factor.",
+        "LLaMA rotates all of head_dim: pairs (j, j + head_dim/2), angles of all frequencies.",
+        (),
+        (
+            rotations(half_kept(first=False)),
+            rotations(half_kept(first=True)),
+            rotations(half_as_wide(step=2)),
+            rotations(half_as_wide(step=1)),
+        ),
+    ),
+    Mistake(
         "rope_twice",
         "Queries and keys are rotated twice, for example again when they leave the cache.",
         "Rotate once; cached keys are already rotated.",
@@ -1024,14 +506,14 @@ CATALOGUE: tuple[Mistake, ...] = (
         "Values are rotated too.",
         "Rotate queries and keys only.",
         (),
-        (values_rotated,),
+        (values_rotated, values_reread(rotated_values)),
     ),
     Mistake(
         "rope_theta",
         "rope_theta is a constant of the code (10000 for Llama 2, 500000 for Llama 3).",
         "Read rope_theta from config.json.",
         ("karpathy/llama2.c#356", "ggml-org/llama.cpp#2773"),
-        _other("rope_theta", 10000.0, 500000.0, 1000000.0, 100000.0, 1000.0),
+        with_each("rope_theta", 10000.0, 500000.0, 1000000.0, 100000.0, 1000.0),
     ),
     Mistake(
         "rope_scaling_ignored",
@@ -1054,6 +536,10 @@ CATALOGUE: tuple[Mistake, ...] = (
             angles(plain_angles, F16),
             angles(partial(rounded_angles, F16), F16),
             angles(partial(rounded_frequencies, F16)),
+            angles(partial(rounded_products, BF16)),
+            angles(partial(rounded_products, BF16), BF16),
+            angles(partial(rounded_products, F16)),
+            angles(partial(rounded_products, F16), F16),
         ),
     ),
     Mistake(
@@ -1068,14 +554,14 @@ CATALOGUE: tuple[Mistake, ...] = (
         "theta^(-2i/hidden_size): the exponent is divided by the model's width.",
         "theta^(-2i/head_dim)",
         ("rasbt#410", "nntile/nntile#347"),
-        (angles(partial(exponent_over, _width)),),
+        (angles(partial(exponent_over, model_width)),),
     ),
     Mistake(
         "rope_head_dim",
         "The exponent uses hidden_size / num_attention_heads although head_dim is another.",
         "Use head_dim from config.json.",
         ("huggingface/transformers#32857", "pytorch/torchtitan#3570"),
-        (angles(partial(exponent_over, _width_per_head)),),
+        (angles(partial(exponent_over, width_per_head)),),
     ),
     Mistake(
         "rope_exponent_halved",
@@ -1169,7 +655,7 @@ CATALOGUE: tuple[Mistake, ...] = (
         ("DL4Proteins#12", "AI-Hypercomputer/maxtext#1370"),
         (
             scores_times(lambda config: math.sqrt(config.head_dim / config.hidden_size)),
-            scores_times(lambda config: math.sqrt(config.head_dim / _width_per_head(config))),
+            scores_times(lambda config: math.sqrt(config.head_dim / width_per_head(config))),
         ),
     ),
     Mistake(
@@ -1212,16 +698,73 @@ CATALOGUE: tuple[Mistake, ...] = (
         "Tokens of the prompt see later tokens.",
         "Mask keys after the query in every call with more than one token.",
         ("mlxcel#998", "TinyLLM#17"),
-        (sees(lambda query, key, first, prompt: key >= 0 * query),),
+        (
+            sees(lambda query, key, first, prompt: key >= 0 * query),
+            without_cache(sees(lambda query, key, first, prompt: key >= 0 * query)),
+        ),
+    ),
+    Mistake(
+        "causal_mask_one_ahead",
+        "A token sees the next one too: key <= query + 1.",
+        "The mask is key <= query: with triu(..., diagonal=1) the ones are hidden, not seen.",
+        (),
+        (
+            sees(lambda query, key, first, prompt: key <= query + 1),
+            without_cache(sees(lambda query, key, first, prompt: key <= query + 1)),
+        ),
+    ),
+    Mistake(
+        "causal_mask_zero",
+        "Scores of later tokens are set to 0, or multiplied by the mask: they still get a weight.",
+        "Set hidden scores to -inf (or the dtype's smallest number) before the softmax.",
+        (),
+        (
+            masked(hidden_scores(np.zeros_like)),
+            without_cache(masked(hidden_scores(np.zeros_like))),
+        ),
+    ),
+    Mistake(
+        "causal_mask_soft",
+        "Hidden scores get a penalty that is too small: later tokens still get some weight.",
+        "Set hidden scores to -inf (or the dtype's smallest number) before the softmax.",
+        (),
+        (
+            masked(hidden_scores(lambda scores: scores - 10)),
+            without_cache(masked(hidden_scores(lambda scores: scores - 10))),
+            masked(hidden_scores(lambda scores: np.full_like(scores, -10))),
+            without_cache(masked(hidden_scores(lambda scores: np.full_like(scores, -10)))),
+        ),
+    ),
+    Mistake(
+        "causal_mask_after_softmax",
+        "Weights of later tokens are set to 0 after the softmax: the others no longer sum to 1.",
+        "Mask the scores, then apply the softmax.",
+        (),
+        (masked(mask_after_softmax), without_cache(masked(mask_after_softmax))),
+    ),
+    Mistake(
+        "sliding_window",
+        "A token sees only the latest ones, as in Mistral.",
+        "LLaMA sees all earlier tokens; use a window only where config.json says sliding_window.",
+        (),
+        (window(half_of_the_run),),
     ),
     Mistake(
         "causal_mask_strict",
         "A token does not see itself: key < query. The first token sees nothing (NaN with -inf).",
         "The mask is key <= query.",
         (),
-        tuple(
-            sees(lambda query, key, first, prompt: key < query, blind)
-            for blind in (None, 0.0, math.nan)
+        (
+            *(
+                sees(lambda query, key, first, prompt: key < query, blind)
+                for blind in (None, 0.0, math.nan)
+            ),
+            sees(lambda query, key, first, prompt: (key < query) | (key + query == 0)),
+            sees(
+                lambda query, key, first, prompt: (
+                    (key < query) | ((key == query) & (query >= prompt))
+                )
+            ),
         ),
     ),
     Mistake(
@@ -1253,6 +796,26 @@ CATALOGUE: tuple[Mistake, ...] = (
         (sees(lambda q, key, first, prompt: (key <= q) & ((q < prompt) | (key >= prompt))),),
     ),
     Mistake(
+        "cache_oldest_lost",
+        "Decode steps do not see the oldest key: a cache of the prompt's length, or a slice [1:].",
+        "Keep every key and value; make room for the prompt and all decoded tokens.",
+        (),
+        (
+            sees(lambda q, key, first, prompt: (key <= q) & ((q < prompt) | (key > 0))),
+            sees(lambda q, key, first, prompt: (key <= q) & ((q < prompt) | (key > q - prompt))),
+        ),
+    ),
+    Mistake(
+        "cache_slot_too_early",
+        "Decode steps write one slot too early: the prompt's last key and value are lost.",
+        "Write the first decoded token's key and value to slot len(prompt).",
+        (),
+        (
+            partial(last_slot_overwritten, by_slot=True),
+            partial(last_slot_overwritten, by_slot=False),
+        ),
+    ),
+    Mistake(
         "cache_slot_reused",
         "Every decode step writes to the same slot: earlier decoded tokens are forgotten.",
         "Advance the write position after every step.",
@@ -1273,6 +836,17 @@ CATALOGUE: tuple[Mistake, ...] = (
         (sees(lambda q, key, first, prompt: (key <= q) & ((q < prompt) | (key < q))),),
     ),
     Mistake(
+        "cache_unrotated",
+        "The cache holds keys from before the rotation, and nobody rotates them.",
+        "Store rotated keys, or rotate all of them at their own positions whenever they are read.",
+        (),
+        (
+            decoded_keys_unrotated,
+            partial(cached_keys_unrotated, own_too=False),
+            partial(cached_keys_unrotated, own_too=True),
+        ),
+    ),
+    Mistake(
         "cache_low_precision",
         "Keys and values are kept in 16 bits.",
         "Expected where the cache is meant to be half as large; compare with a float32 cache.",
@@ -1285,6 +859,13 @@ CATALOGUE: tuple[Mistake, ...] = (
         ),
     ),
     Mistake(
+        "softmax_off_by_one",
+        "exp(x) / (1 + sum(exp(x))): the weights sum to less than 1.",
+        "exp(x) / sum(exp(x)); LLaMA has no attention sink.",
+        (),
+        (weighed(one_more_in_sum(shifted=True)), weighed(one_more_in_sum(shifted=False))),
+    ),
+    Mistake(
         "softmax_low_precision",
         "Scores or attention weights are kept in 16 bits.",
         "Compute scores and softmax in float32.",
@@ -1294,6 +875,11 @@ CATALOGUE: tuple[Mistake, ...] = (
             ops(self_attn__weights=rounded_op(BF16)),
             ops(self_attn__scores=rounded_op(BF16)),
             ops(self_attn__scores=rounded_op(F16), self_attn__weights=rounded_op(F16)),
+            *(
+                weighed(softmax_in(rounded, *steps))
+                for rounded in (BF16, F16)
+                for steps in (["input"], ["input", "output"], ["input", "within", "output"])
+            ),
         ),
     ),
     # MLP
@@ -1329,13 +915,32 @@ CATALOGUE: tuple[Mistake, ...] = (
         (ops(mlp__hidden=lambda array, place: place.seen["mlp.act_fn"]),),
     ),
     Mistake(
+        "act_low_precision",
+        "The activation is computed or kept in 16 bits.",
+        "Compute the MLP in float32, or expect the difference; compare with a float32 run.",
+        (),
+        (
+            ops(mlp__act_fn=rounded_op(F16)),
+            ops(mlp__act_fn=rounded_op(BF16)),
+            activation_in(F16),
+            activation_in(BF16),
+        ),
+    ),
+    Mistake(
+        "gate_added",
+        "down(silu(gate) + up): a sum instead of the product.",
+        "down(silu(gate) * up)",
+        (),
+        (ops(mlp__hidden=lambda array, place: place.seen["mlp.act_fn"] + up_of(place)),),
+    ),
+    Mistake(
         "act_on_product",
         "down(silu(gate * up)): the activation comes after the product.",
         "down(silu(gate) * up)",
         (),
         (
             ops(
-                mlp__act_fn=lambda array, place: _activated(_gate(place) * _up(place), place),
+                mlp__act_fn=lambda array, place: activated(gate_of(place) * up_of(place), place),
                 mlp__hidden=lambda array, place: place.seen["mlp.act_fn"],
             ),
         ),
@@ -1346,7 +951,7 @@ CATALOGUE: tuple[Mistake, ...] = (
         "The embedding is multiplied by sqrt(hidden_size), as in Gemma and T5.",
         "LLaMA uses the embedding as it is.",
         (),
-        (ops(model__embed_tokens=lambda a, place: a * _root_of_width(place.config)),),
+        (ops(model__embed_tokens=lambda a, place: a * root_of_width(place.config)),),
     ),
     Mistake(
         "head_low_precision",

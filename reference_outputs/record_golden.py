@@ -10,6 +10,7 @@ that a wrong reshape, a missing weight or a wrong scale cannot hide.
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,7 @@ def _recorded(name: str, model: str | Path, design: Design) -> Golden:
 
 def main() -> None:
     """Write everything."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help writes nothing
     scores = {}
     for name, design in DESIGNS.items():
         golden = record_design(name, design)

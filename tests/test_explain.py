@@ -21,8 +21,9 @@ from llama_np.experiment import (
     only_in_layer,
     split_name,
 )
-from llama_np.explain import Explanation, explain
+from llama_np.explain import Explanation, explain, less
 from llama_np.mistakes import BY_ID, CATALOGUE, variants
+from llama_np.variations import window
 
 Dump = dict[str, np.ndarray]
 TWINS = [{"gqa_tile", "kv_head_modulo"}]
@@ -48,9 +49,59 @@ def test_every_mistake_is_named(name: str) -> None:
     assert {name} == set(named(found)) or set(named(found)) in TWINS
 
 
+FORMS = [(name, i) for name in VISIBLE for i in range(1, len(variants(BY_ID[name], plain())))]
+FORMS.remove(("softmax_low_precision", 9))  # float16 throughout: rounding tips single numbers over
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_every_form_of_a_mistake_is_named(name: str, form: int) -> None:
+    assert named(explained(mistaken(name, form))) == [name]
+
+
+@pytest.mark.parametrize("size", [1, 5, 11])
+def test_any_width_of_a_window_is_found(size: int) -> None:
+    run = window(lambda run: size)(plain())
+    assert run is not None
+    (cause,) = explained(dump(run)).causes
+    assert cause.mistake == "sliding_window" and f"The width {size} fits." in cause.cause
+
+
+def test_any_penalty_of_a_soft_mask_is_found() -> None:
+    (cause,) = explained(dump(less(3.25)(plain()) or plain())).causes
+    assert cause.mistake == "causal_mask_soft" and "The value 3.25 fits." in cause.cause
+
+
+def test_without_ids_the_tokens_are_read_from_the_embedding() -> None:
+    run = plain()
+    tokens = run.tokens.copy()
+    tokens[0, 2] = (tokens[0, 2] + 7) % run.config.vocab_size
+    arrays = dump(replace(run, tokens=tokens))
+    del arrays["input_ids"]
+    found = explained(arrays)
+    assert found.verdict == "explained" and named(found) == ["token_ids"]
+    assert "from position 2 on" in found.notes[0]
+
+
+def test_nothing_is_close_to_numbers_that_are_not_finite() -> None:
+    arrays = dump(plain())
+    arrays["model.layers.1"] = arrays["model.layers.1"].copy()
+    arrays["model.layers.1"][0, 4, 3] = np.inf
+    for name in ("model.layers.2", "model.norm", "lm_head"):
+        arrays[name] = np.full_like(arrays[name], np.nan)
+    found = explained(arrays)
+    assert found.verdict == "unexplained" and not found.closest
+
+
+def test_ids_alone_are_said_to_be_all() -> None:
+    found = explained({"input_ids": golden().tokens})
+    assert found.verdict == "clean" and "only token ids" in found.notes[0]
+
+
 @pytest.mark.parametrize(
-    "name", ["rope_theta", "rms_eps", "gqa_tile", "cache_hole", "norms_swapped"]
-)
+    "name",
+    ["rope_theta", "rms_eps", "gqa_tile", "cache_hole", "norms_swapped", "causal_mask_one_ahead",
+     "cache_oldest_lost", "heads_untransposed", "norm_bypassed", "layer_weights_shifted"],
+)  # fmt: skip
 @pytest.mark.parametrize("points", [("block",), ("lm_head",)])
 def test_fewer_points_are_enough(name: str, points: tuple[str, ...]) -> None:
     assert name in named(explained(only(mistaken(name), *points)))
@@ -94,8 +145,8 @@ def test_a_clean_dump_has_no_cause() -> None:
 
 @pytest.mark.parametrize("name", VISIBLE[::6])
 def test_a_mistake_outside_the_catalogue_is_unexplained(name: str) -> None:
-    # Any wrong scale of the scores can be fitted; that explanation is taken out too.
-    twins = {name, "attn_scale_other"} | next((t for t in TWINS if name in t), set())
+    # Any scale of the scores and any base of the angles can be fitted: these are taken out too.
+    twins = {name, "attn_scale_other", "rope_theta"} | next((t for t in TWINS if name in t), set())
     rest = [m for m in CATALOGUE if m.id not in twins]
     found = explained(mistaken(name), catalogue=rest, pairs=False)
     assert found.verdict == "unexplained" and not found.causes
@@ -113,6 +164,21 @@ def test_a_mistake_in_one_layer_alone_is_named(name: str, layer: int, only_block
     arrays = dump(run)
     (cause,) = explained(only(arrays, "block") if only_blocks else arrays).causes
     assert cause.mistake == name and cause.cause.startswith(f"In layer {layer} alone: ")
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("only_blocks", [False, True])
+def test_a_layer_with_the_weights_of_the_one_before_is_named(layer: int, only_blocks: bool) -> None:
+    _, weights = tiny()
+    twice = {**weights, f"model.layers.{layer}": weights[f"model.layers.{layer - 1}"]}
+    arrays = dump(replace(plain(), weights=twice))
+    (cause,) = explained(only(arrays, "block") if only_blocks else arrays).causes
+    assert cause.mistake == "layer_weights_shifted"
+    assert cause.cause.startswith(f"In layer {layer} alone: ")
+
+
+def test_a_layer_left_out_in_the_middle_is_named_from_logits() -> None:
+    assert named(explained(only(mistaken("layer_missing", 2), "lm_head"))) == ["layer_missing"]
 
 
 def test_what_is_no_change_of_layers_cannot_be_in_one_layer() -> None:
@@ -193,6 +259,15 @@ def test_a_row_that_sees_nothing_is_named(precision: Precision, form: int) -> No
     arrays = mistaken("causal_mask_strict", form, precision)
     assert named(explained(arrays)) == ["causal_mask_strict"]
     assert named(explained(only(arrays, "block"))) == ["causal_mask_strict"]
+
+
+@pytest.mark.parametrize("recorded", [0.0, -np.inf, np.finfo(np.float32).min])
+@pytest.mark.parametrize("name", ["causal_mask_reversed", "cache_prompt_lost"])
+def test_scores_of_keys_that_a_mistake_hides_may_be_anything(name: str, recorded: float) -> None:
+    run, arrays = variants(BY_ID[name], plain())[0], mistaken(name)
+    for array in only(arrays, "self_attn.scores"):
+        arrays[array] = np.where(run.visible, arrays[array], np.float32(recorded))
+    assert named(explained(arrays)) == [name]
 
 
 def test_missing_rows_are_no_mistake_of_the_catalogue() -> None:

@@ -131,3 +131,91 @@ def test_mistakes_can_be_combined() -> None:
     both = variants(BY_ID["causal_mask_strict"], one)[0]
     other = variants(BY_ID["causal_mask_strict"], plain())[0]
     assert error(logits(both), logits(one)) > 1e-3 and error(logits(both), logits(other)) > 1e-3
+
+
+def weights(name: str, form: int = 0) -> np.ndarray:
+    """Attention weights of the first layer and head: 16 tokens, the prompt in calls of 7 and 5."""
+    key = "model.layers.0.self_attn.weights"
+    run = variants(BY_ID[name], plain())[form]
+    return evaluate(one_call(run), names=frozenset([key]))[0][key][0, 0]
+
+
+def test_masks_hide_what_they_say() -> None:
+    seen = weights("causal_mask_one_ahead") > 0
+    assert seen[2, 3] and not seen[2, 4] and not seen[6, 7] and not seen[13, 14]
+    alone = weights("causal_mask_one_ahead", 1) > 0
+    assert alone[6, 7] and alone[13, 14] and not alone[6, 8]
+    assert (weights("causal_mask_missing", 1) > 0).all()
+    assert (weights("sliding_window")[15] > 0).tolist() == [False] * 8 + [True] * 8
+    assert (weights("cache_oldest_lost", 1)[14] > 0).tolist() == [False] * 3 + [True] * 12 + [False]
+    assert weights("causal_mask_strict", 3)[:2, :2].tolist() == [[1, 0], [1, 0]]
+
+
+def test_weights_need_not_sum_to_one() -> None:
+    right = evaluate(plain(), names=frozenset(["model.layers.0.self_attn.weights"]))[0]
+    right = right["model.layers.0.self_attn.weights"][0, 0]
+    after = weights("causal_mask_after_softmax")
+    assert after[0].sum() < 1 and np.allclose(after[6], right[6]) and not np.triu(after, 1).any()
+    fewer = weights("softmax_off_by_one")
+    assert np.allclose(fewer, right / (1 + right.max(axis=-1, keepdims=True)))
+
+
+def test_slots_are_shown_where_they_were_written() -> None:
+    by_slot, by_token = weights("cache_slot_too_early"), weights("cache_slot_too_early", 1)
+    assert np.array_equal(by_slot[:12], by_token[:12])  # the prompt has 12 tokens
+    assert not by_token[12:, 11].any() and not by_slot[12, 12:].any()
+    assert np.array_equal(by_slot[14, 11:14], by_token[14, 12:15])
+
+
+def first_layer(run: Run, *names: str) -> list[np.ndarray]:
+    keys = [f"model.layers.0.{name}" for name in names]
+    trace = evaluate(one_call(run), names=frozenset(keys))[0]
+    return [trace[key][0] for key in keys]
+
+
+def test_tokens_are_mixed_within_their_call_only() -> None:
+    config = tiny()[0]
+    forms = variants(BY_ID["heads_untransposed"], plain())
+    right = first_layer(plain(), "self_attn.q_rot")[0]
+    for form, calls in zip(forms, ((7, 5, 1, 1, 1, 1), (16,)), strict=True):
+        (mixed,) = first_layer(form, "self_attn.q_rot")
+        assert np.allclose(mixed[:, 15], right[:, 15]) == (calls[-1] == 1)
+        q = first_layer(form, "self_attn.q_proj")[0][: calls[0]]
+        unrotated = q.reshape(config.num_attention_heads, calls[0], config.head_dim)
+        assert np.allclose(mixed[:, 0], unrotated[:, 0])  # position 0 is not rotated
+
+
+def test_merged_heads_are_read_in_the_order_of_memory() -> None:
+    form = variants(BY_ID["heads_merged_untransposed"], plain())[1]
+    right, wrong = (first_layer(run, "self_attn.context")[0] for run in (plain(), form))
+    H = tiny()[0].head_dim
+    by_head = right.reshape(16, -1, H).swapaxes(0, 1)
+    assert np.allclose(wrong.ravel(), by_head.ravel())
+
+
+def test_a_part_of_a_head_keeps_its_numbers() -> None:
+    config = tiny()[0]
+    half = config.head_dim // 2
+    q = first_layer(plain(), "self_attn.q_proj")[0].reshape(16, -1, config.head_dim)
+    for form, kept in zip(
+        variants(BY_ID["rope_partial"], plain()),
+        (slice(half, None), slice(half), slice(config.head_dim // 4 * 2, None)),
+        strict=False,
+    ):
+        (turned,) = first_layer(form, "self_attn.q_rot")
+        assert np.allclose(turned.swapaxes(0, 1)[..., kept], q[..., kept])
+        assert not np.allclose(turned.swapaxes(0, 1)[3], q[3])
+
+
+def test_unrotated_keys_reach_decode_steps_only() -> None:
+    right = first_layer(plain(), "self_attn.scores")[0]
+    late, cached, all_cached = (
+        first_layer(run, "self_attn.scores")[0]
+        for run in variants(BY_ID["cache_unrotated"], plain())
+    )
+    for wrong in (late, cached, all_cached):
+        assert np.allclose(wrong[:, :12], right[:, :12])  # the prompt has 12 tokens
+    assert np.allclose(late[:, 13, :12], right[:, 13, :12])
+    assert not np.allclose(cached[:, 13, 1:12], right[:, 13, 1:12])
+    assert np.allclose(cached[:, 13, 13], right[:, 13, 13])
+    assert not np.allclose(all_cached[:, 13, 13], right[:, 13, 13])

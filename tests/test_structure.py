@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports only from the lines above its own, so that each can be read
 # knowing only what stands above it.
 LEVELS = [
-    "activations errors hf_loading hf_outputs hf_streamers memory precision tap terminal threads",
+    "activations errors hf_loading hf_outputs hf_streamers memory options precision tap",
+    "terminal threads",
     "files hf_encoding hub linear query_blocks",
     "config tokenizer weights workers",
     "cache chat_template gguf_file rope sentencepiece_model show torch_pickle",
@@ -33,9 +34,9 @@ LEVELS = [
     "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
     "bench bulk chat convert explore hf_tokenizer trace",
     "cli_chat cli_convert hf_base hf_generate ports",
-    "hf mistakes verify",
-    "check hf_auto mutation replay report scalars",
-    "explain",
+    "hf variations verify",
+    "check hf_auto mistakes replay report scalars",
+    "explain mutation",
     "cli_oracle testing",
     "cli",
     "__init__ __main__",
