@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llama_np.cache import KVCache
+from llama_np.chunks import hidden_in_chunks
 from llama_np.config import Config
 from llama_np.model import ModelWeights, check_tokens, hidden_states, logits
 from llama_np.sampling import (
@@ -28,7 +29,6 @@ from llama_np.sampling import (
 from llama_np.speculate import Draft, Speculation
 from llama_np.tokenizer import DecodeStream, Tokenizer
 
-PREFILL_CHUNK = 256  # prompt tokens per forward pass; bounds the memory for attention scores
 BATCH_SIZE = 32  # rows decoded together; more are queued
 
 
@@ -307,13 +307,8 @@ def prefill(
     cache.crop(known)
     tokens, positions = pad([prompt[known:] for prompt in prompts], known)
     lengths = (positions >= 0).sum(axis=1)
-    last = np.empty((len(tokens), config.hidden_size), activation_dtype(weights))
-    for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-        part = slice(start, start + PREFILL_CHUNK)
-        hidden = hidden_states(tokens[:, part], weights, config, cache, positions[:, part])
-        ends = lengths - 1 - start
-        here = np.flatnonzero((ends >= 0) & (ends < hidden.shape[1]))
-        last[here] = hidden[here, ends[here]]
+    hidden = hidden_in_chunks(tokens, weights, config, cache, positions)  # (B, T, D)
+    last = hidden[np.arange(len(hidden)), lengths - 1]  # (B, D)
     return logits(last[:, None], weights)[:, 0]
 
 
@@ -354,11 +349,9 @@ class TextReader:
 
     def feed(self, tokens: np.ndarray, *, keep: int = 1) -> np.ndarray:
         """Read new tokens (1, T): the scores of what follows the last `keep`, (1, keep, V)."""
-        hidden = [
-            hidden_states(tokens[:, i : i + PREFILL_CHUNK], self.weights, self.config, self.cache)
-            for i in range(0, tokens.shape[1], PREFILL_CHUNK)
-        ]
-        return logits(np.concatenate(hidden, axis=1)[:, -keep:], self.weights)
+        positions = self.cache.continuation(*tokens.shape)
+        hidden = hidden_in_chunks(tokens, self.weights, self.config, self.cache, positions)
+        return logits(hidden[:, -keep:], self.weights)
 
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on."""

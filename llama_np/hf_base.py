@@ -18,6 +18,7 @@ import numpy as np
 from llama_np import hf_weights
 from llama_np.cache import KVCache
 from llama_np.checkpoint import group_by_layer, locate
+from llama_np.chunks import in_chunks
 from llama_np.config import HARMLESS, Config
 from llama_np.errors import CheckpointError
 from llama_np.hf_config import LlamaConfig, dtype_name
@@ -478,7 +479,7 @@ class LlamaPreTrainedModel:
         P = 0 if cache is None else cache.length
         visible = visibility(_trimmed(attention_mask, cache, P + T), B, T, P)  # (1|B, 1, T, P+T)
         positions = _position_ids(position_ids, P, T)  # (1|B, T)
-        hidden = transform(embedded, weights, self._core, cache, positions, visible, tap)
+        hidden = self._transform(embedded, weights, cache, positions, visible, tap)
         if cache is past_key_values and cache is not None and not use_cache:
             cache.crop(P)  # it was asked to be read only
         return BaseModelOutputWithPast(
@@ -487,6 +488,28 @@ class LlamaPreTrainedModel:
             hidden_states=self._hidden_states(embedded, hidden, trace) if states else None,
             attentions=self._attentions(trace) if attentions else None,
         )
+
+    def _transform(
+        self,
+        embedded: Array,
+        weights: ModelWeights,
+        cache: KVCache | None,
+        positions: Array,
+        visible: Array,
+        tap: Tap,
+    ) -> Array:
+        """The decoder, in chunks if nobody looks at its arrays."""
+        if cache is None or tap is not NO_TAP:
+            return transform(embedded, weights, self._core, cache, positions, visible, tap)
+        P = cache.length
+
+        def compute(part: slice, memory: KVCache) -> Array:
+            seen = visible[:, :, part, : P + part.stop]
+            x, places = embedded[:, part], positions[:, part]
+            return transform(x, weights, self._core, memory, places, seen)
+
+        every = np.broadcast_to(positions, embedded.shape[:2])
+        return in_chunks(compute, every, self._core, cache)
 
     @property
     def rounding(self) -> Tap:

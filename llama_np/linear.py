@@ -24,7 +24,7 @@ SHARED: dict[int, Callable[[int, np.ndarray], Product | None]] = {}
 
 FEW = (2, 3)  # rows for which BLAS's matrix-vector product is the faster one
 TILE = 8  # rows that BLAS's matrix-matrix product takes at once
-MANY = 128  # rows that make up for the copies that BLAS makes of the weights
+MANY = 192  # rows that make up for the copies that BLAS makes of the weights
 SMALL = 950_000  # multiplications; OpenBLAS calls a product small up to 10^6 of them
 BLOCK_BYTES = 1 << 19  # of weights; a block stays in the second-level cache between two uses
 BF16_BLOCK = 1 << 20  # bfloat16 weights that are widened at a time

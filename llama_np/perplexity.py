@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_np.cache import KVCache
+from llama_np.chunks import hidden_in_chunks
 from llama_np.config import Config
-from llama_np.generate import pad
-from llama_np.model import ModelWeights, hidden_states, logits
+from llama_np.generate import activation_dtype, pad
+from llama_np.model import ModelWeights, logits
 from llama_np.sampling import log_softmax
 
 BATCH_TOKENS = 2048  # tokens per forward pass, padding included; bounds the memory
@@ -78,7 +80,9 @@ def score_batch(
 ) -> list[Likelihood]:
     """The likelihood of every row of one ragged batch."""
     tokens, positions = pad(rows)
-    hidden = hidden_states(tokens, weights, config, positions=positions)
+    B, T = tokens.shape
+    cache = KVCache(config, B, T, activation_dtype(weights))
+    hidden = hidden_in_chunks(tokens, weights, config, cache, positions)
     results = []
     for row, states in zip(rows, hidden, strict=True):  # the logits of all rows would not fit
         scores = logits(states[None, : len(row) - 1], weights)[0].astype(np.float64)

@@ -119,6 +119,20 @@ SCALINGS: dict[str, Callable[[Config, np.ndarray], np.ndarray]] = {
 }
 
 
+def steady_length(config: Config, length: int) -> float:
+    """How long a text of `length` tokens can become before new tokens are rotated differently.
+
+    Tokens that are fed together are rotated alike. One by one, they would not be where a scaling
+    looks at the length.
+    """
+    match config.rope_scaling["rope_type"]:
+        case "dynamic":
+            return max(config.max_position_embeddings, length)
+        case "longrope" if length <= original_length(config):
+            return original_length(config)
+    return math.inf
+
+
 def original_length(config: Config) -> int:
     """The length that the model was trained on before its frequencies were scaled."""
     length = config.rope_scaling.get("original_max_position_embeddings")

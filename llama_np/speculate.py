@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_np.cache import KVCache
 from llama_np.config import Config
-from llama_np.rope import original_length
+from llama_np.rope import steady_length
 
 
 class Reader(Protocol):
@@ -171,17 +171,3 @@ class Speculation:
         length, cache = self.reader.length + 1, self.reader.cache
         slots = cache.capacity if cache is not None and cache.fixed else np.inf
         return min(slots, steady_length(self.config, length)) - length
-
-
-def steady_length(config: Config, length: int) -> float:
-    """How long a text of `length` tokens can become before new tokens are rotated differently.
-
-    Tokens that are fed together are rotated alike. One by one, they would not be where a scaling
-    looks at the length.
-    """
-    match config.rope_scaling["rope_type"]:
-        case "dynamic":
-            return max(config.max_position_embeddings, length)
-        case "longrope" if length <= original_length(config):
-            return original_length(config)
-    return np.inf

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 AVX512 = {"SkylakeX", "Cooperlake", "Sapphirerapids"}  # processors, as OpenBLAS names its kernels
+
+AWAKE = 0.13  # seconds for which the threads of OpenBLAS go on asking for work (2^28 cycles)
 
 
 def limit_threads(count: int | None) -> None:
@@ -37,6 +43,58 @@ def blas_threads() -> int | None:
     if controller is None:
         return None
     return max((library["num_threads"] for library in controller.info()), default=1)
+
+
+class BlasLimit:
+    """Keeps BLAS to one thread while processes or Python threads share the work among themselves.
+
+    The limit stays until it is lifted, since setting it takes longer than a small product.
+    BLAS's other threads keep their cores busy for a moment after a product, until `asleep`.
+    """
+
+    def __init__(self) -> None:
+        self.limited, self.asleep = False, 0.0
+        self.threads: int | None = None  # without the limit
+        self.holders, self.before = 0, False
+        self.lock = threading.Lock()
+
+    def set(self, limited: bool) -> None:
+        """Set or lift the limit; while it is held nothing changes."""
+        if limited != self.limited and not self.holders:
+            self._change(limited)
+
+    def _change(self, limited: bool) -> None:
+        if limited:
+            self.threads, self.asleep = blas_threads(), time.monotonic() + AWAKE
+        if self.threads is not None:
+            set_blas_threads(1 if limited else self.threads)
+        self.limited = limited
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Set the limit for a while; afterwards all is as before."""
+        with self.lock:
+            if not self.holders:
+                self.before = self.limited
+                self.set(True)
+            self.holders += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.holders -= 1
+                self.set(self.before)
+
+    def resting(self) -> bool:
+        """Whether BLAS's other threads have nothing to do and sleep."""
+        return self.limited and time.monotonic() >= self.asleep
+
+    def all_threads(self) -> int | None:
+        """How many threads BLAS has without the limit; None without threadpoolctl."""
+        return self.threads if self.limited else blas_threads()
+
+
+BLAS_LIMIT = BlasLimit()
 
 
 def blas_name() -> str | None:

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from llama_np.linear import (
     times_unpacked,
 )
 from llama_np.precision import is_bf16
-from llama_np.threads import avx512_kernels, blas_threads, cores, set_blas_threads
+from llama_np.threads import BLAS_LIMIT, avx512_kernels, cores, set_blas_threads
 
 MOST_ROWS = 32  # of x for which sharing pays; BLAS's own threads do as well for more
 MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (times_unpacked)
@@ -43,7 +42,6 @@ MOST_PROCESSES = 4
 FEWEST_WEIGHTS = 1 << 16  # a smaller product takes less time than sharing it
 FEWEST_BYTES = 1 << 26  # of all weights; fewer are read so fast that sharing does not pay
 ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
-AWAKE = 0.13  # seconds for which the threads of OpenBLAS go on asking for work (2^28 cycles)
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
 
@@ -59,11 +57,11 @@ def share_products(weights: Mapping[str, Any], processes: int | None = None) -> 
     wanted = min(cores(), MOST_PROCESSES) if processes is None else processes
     shared = [weight for weight in _matrices(weights) if weight.size >= FEWEST_WEIGHTS]
     pays = wanted > 1 and sum(weight.nbytes for weight in shared) >= FEWEST_BYTES
-    threads = blas_threads() if pays and sys.platform == "linux" else None
-    if threads is None:
+    limitable = BLAS_LIMIT.all_threads() is not None
+    if not (pays and limitable and sys.platform == "linux"):
         yield 1
         return
-    team = Team(shared, wanted, threads)
+    team = Team(shared, wanted)
     try:
         yield wanted
     finally:
@@ -86,10 +84,9 @@ class Team:
     Jobs and results travel over one board of shared memory, semaphores say when.
     """
 
-    def __init__(self, weights: list[np.ndarray], processes: int, threads: int) -> None:
+    def __init__(self, weights: list[np.ndarray], processes: int) -> None:
         self.weights = weights
         self.number = {id(weight): number for number, weight in enumerate(weights)}
-        self.threads, self.limited, self.cores_free = threads, False, 0.0
         self.owner = os.getpid()
         self.board = _Board(weights)
         self.one_at_a_time = threading.Lock()
@@ -100,6 +97,7 @@ class Team:
         self.workers = [_Worker(weights, share, self.board) for share in others]
         self.busy: list[_Worker] = []
         SHARED.update((key, self.strategy) for key in self.number)
+        BLAS_LIMIT.set(True)
 
     def close(self) -> None:
         """End the workers; products are made by this process alone again."""
@@ -108,10 +106,14 @@ class Team:
         for worker in self.workers:
             worker.process.kill()
             worker.process.join()
-        self._limit_blas(False)
+        BLAS_LIMIT.set(False)
 
     def strategy(self, row_count: int, weight: np.ndarray) -> Product | None:
         """The product of all processes; None when it does not pay for so many rows.
+
+        BLAS has one thread in each process while they share products, otherwise all threads. Its
+        threads sleep a moment after their last product only. As the workers begin then, the first
+        token after a prompt takes 35 ms instead of 105 (135 million parameters).
 
         None also in a process that somebody else has forked from this one: it would take the
         workers' answers to this one.
@@ -119,24 +121,12 @@ class Team:
         shared = is_bf16(weight) or avx512_kernels()
         most = MOST_ROWS if shared else MOST_FLOAT_ROWS
         pays = 0 < row_count <= most and os.getpid() == self.owner
-        self._limit_blas(pays)
+        BLAS_LIMIT.set(pays)
         if not pays:
             return None
-        if time.monotonic() < self.cores_free:
+        if not BLAS_LIMIT.resting():
             return _local(row_count, is_bf16(weight))
         return self.times
-
-    def _limit_blas(self, limit: bool) -> None:
-        """One thread for each process while they share products, all for this one otherwise.
-
-        BLAS's other threads keep their cores busy for a moment after a product. Sharing products
-        only then, the first token after a prompt takes 35 ms instead of 105 (135 million
-        parameters).
-        """
-        if limit != self.limited:
-            set_blas_threads(1 if limit else self.threads)
-            self.limited = limit
-            self.cores_free = time.monotonic() + AWAKE
 
     def times(self, rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The product with every process's share of the weight: (M, in), (out, in) -> (M, out)."""

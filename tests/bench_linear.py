@@ -23,8 +23,8 @@ from llama_np.linear import (
     times_unpacked,
 )
 from llama_np.precision import to_bf16
-from llama_np.threads import blas_name
-from llama_np.workers import AWAKE, share_products
+from llama_np.threads import AWAKE, blas_name
+from llama_np.workers import share_products
 
 LAYERS = 30
 LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))

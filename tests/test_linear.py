@@ -115,12 +115,12 @@ def test_the_strategy_follows_the_rows_the_kind_of_weight_and_the_kernels(
 ) -> None:
     monkeypatch.setattr(module, "avx512_kernels", lambda: avx512)
     weight: np.ndarray = np.ones((4, 4), np.float32)
-    assert [strategy(M, weight) for M in (0, 1, 128, 512)] == [times] * 4
+    assert [strategy(M, weight) for M in (0, 1, 192, 512)] == [times] * 4
     expected = {
         FEW: times_unpacked if avx512 else times_few,
         (4, 7): times_unpacked if avx512 else times_padded,
         (8,): times_unpacked if avx512 else times,
-        (9, 127, 130): times_transposed if avx512 else times_padded,
+        (9, 127, 183): times_transposed if avx512 else times_padded,
         (16, 120): times_transposed if avx512 else times,
     }
     for counts, product in expected.items():

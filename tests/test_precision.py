@@ -237,6 +237,7 @@ NOT_ABOUT_FLOATS = {
     "model.check_tokens",
     "rope.attention_factor",
     "rope.original_length",
+    "rope.steady_length",
     "rope.stretch",
     *(f"rope.{name}" for name in ("frequencies_of", *SCALINGS)),
 }

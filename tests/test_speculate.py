@@ -22,8 +22,9 @@ from llama_np.chat import Chat
 from llama_np.cli import main
 from llama_np.config import Config
 from llama_np.generate import TextReader, Token, generate, prefill, stream
+from llama_np.rope import steady_length
 from llama_np.sampling import Sampling
-from llama_np.speculate import Draft, DraftModel, PromptLookup, steady_length
+from llama_np.speculate import Draft, DraftModel, PromptLookup
 
 CONFIG, WEIGHTS = tiny_model(eos_token_id=[])
 FAIRYTALES, TALES = load("fairytales", np.float64)

@@ -43,9 +43,7 @@ def matrices(seed: int = 0) -> dict[str, np.ndarray]:
 @contextmanager
 def team(weights: dict[str, np.ndarray], processes: int = 2) -> Iterator[Team]:
     """A team for weights of any size."""
-    count = blas_threads()
-    assert count is not None
-    team = Team(list(weights.values()), processes, count)
+    team = Team(list(weights.values()), processes)
     try:
         yield team
     finally:
@@ -56,7 +54,7 @@ def team(weights: dict[str, np.ndarray], processes: int = 2) -> Iterator[Team]:
 def threads_that_sleep_at_once() -> Iterator[None]:
     """Let the workers take part from the first product on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "AWAKE", 0.0)
+        patch.setattr(threads, "AWAKE", 0.0)
         yield
 
 
@@ -145,7 +143,7 @@ def test_workers_wait_until_the_threads_of_blas_sleep(
 ) -> None:
     weight = weights["bfloat16 130"]
     now = 100.0
-    monkeypatch.setattr(workers, "AWAKE", 1.0)
+    monkeypatch.setattr(threads, "AWAKE", 1.0)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with team(weights) as pair:
         assert pair.strategy(1, weight) not in (None, pair.times)
@@ -215,7 +213,7 @@ def test_a_process_forked_by_somebody_else_leaves_the_workers_alone(
 ORPHAN = """
 import time, numpy as np
 from llama_np.workers import Team
-team = Team([np.ones((8, 4), np.float32)], 2, 1)
+team = Team([np.ones((8, 4), np.float32)], 2)
 print(team.workers[0].process.pid, flush=True)
 time.sleep(60)
 """
