@@ -4,7 +4,9 @@ NumPy widens bfloat16 on one core, and a Python thread takes longer to wake up (
 machine of `linear`) than its share of a product takes. Processes that were forked after the
 weights were loaded see the same weights, need no lock of the interpreter, and wait for work by
 asking again and again for a moment: a product costs 4 us more than its parts. One pass over
-135 million bfloat16 weights takes 15 ms instead of 21, two rows of float32 18 instead of 25.
+135 million bfloat16 weights takes 15 ms instead of 21, two rows of float32 18 instead of 25. Where
+BLAS's own threads are slow to meet, small models gain as well: one of 15 million parameters decodes
+290 tokens/s instead of 205 on an AMD EPYC (Zen 4); on a faster EPYC it made no difference.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ MOST_ROWS = 32  # of x for which sharing pays; BLAS's own threads do as well for
 MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (times_unpacked)
 MOST_PROCESSES = 4
 FEWEST_WEIGHTS = 1 << 16  # a smaller product takes less time than sharing it
-FEWEST_BYTES = 1 << 26  # of all weights; fewer are read so fast that sharing does not pay
+FEWEST_BYTES = 1 << 25  # of all weights; fewer are read so fast that sharing does not pay
 ATTEMPTS = 5000  # to find work before sleeping: about a millisecond
 PATIENCE = 0.5  # seconds between two looks whether the other side still lives
 
