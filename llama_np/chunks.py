@@ -60,6 +60,8 @@ def in_chunks(
     B, T = positions.shape
     start, threads = cache.length, threads_that_pay(B * T, config)
     columns = chunks(T, threads)
+    if len(columns) < threads:  # some cores would have nothing to do
+        threads, columns = 1, chunks(T, 1)
     if start + T > steady_length(config, start + 1):  # rotated by the length of the whole
         columns = [slice(0, T)]
     try:
@@ -99,6 +101,7 @@ def chunks(T: int, threads: int) -> list[slice]:
 def _at_once(
     compute: Compute, columns: list[slice], positions: np.ndarray, cache: KVCache, threads: int
 ) -> np.ndarray:
+    """Every chunk in a thread, each with a cache that ends where the chunk begins."""
     start, turns = cache.length, _Turns(len(columns))
     cache.extend(positions)
     caches = [_ChunkCache(cache, start + part.start, n, turns) for n, part in enumerate(columns)]

@@ -498,8 +498,11 @@ class LlamaPreTrainedModel:
         visible: Array,
         tap: Tap,
     ) -> Array:
-        """The decoder, in chunks if nobody looks at its arrays."""
-        if cache is None or tap is not NO_TAP:
+        """The decoder, in chunks if nobody looks at its arrays.
+
+        A query that sees nothing (padding) weighs all keys equally, those of later chunks, too.
+        """
+        if cache is None or tap is not NO_TAP or not visible.any(axis=3).all():
             return transform(embedded, weights, self._core, cache, positions, visible, tap)
         P = cache.length
 

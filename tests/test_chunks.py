@@ -134,12 +134,16 @@ def test_a_prompt_that_changes_its_rotations_is_read_whole(
     np.testing.assert_allclose(scores, whole, atol=EXACT)
 
 
+def hugging_face_model() -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {"vocab_size": CONFIG.vocab_size, "hidden_size": 24}
+    sizes |= {"intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
 def test_scoring_and_the_hugging_face_classes_read_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes: dict[str, Any] = {"vocab_size": CONFIG.vocab_size, "hidden_size": 24}
-    sizes |= {"intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = hugging_face_model()
     whole = model(TOKENS, use_cache=False).logits
     (one,) = score_batch([TOKENS[0].tolist()], WEIGHTS, CONFIG)
     used: list[int] = []
@@ -157,6 +161,28 @@ def test_scoring_and_the_hugging_face_classes_read_in_chunks(
     assert used == [3, 3]
     model(TOKENS, output_attentions=True)  # somebody looks at whole arrays
     assert used == [3, 3]
+
+
+def test_left_padding_of_the_hugging_face_classes_reads_as_in_one_pass() -> None:
+    model = hugging_face_model()
+    mask = (np.arange(40) >= 21)[None].astype(np.int64)
+    whole = model(TOKENS, attention_mask=mask, use_cache=False).logits
+    # float32 logits of order 1; those of the padding, too
+    np.testing.assert_allclose(model(TOKENS, attention_mask=mask).logits, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [7, 8, 16, 17])
+def test_too_few_chunks_for_all_threads_are_computed_one_after_the_other(
+    T: int,
+) -> None:
+    used: list[int] = []
+
+    def compute(part: slice, cache: KVCache) -> np.ndarray:
+        used.append(threading.get_ident())
+        return np.zeros((1, part.stop - part.start, 1))
+
+    in_chunks(compute, np.arange(T)[None], CONFIG, new_cache())
+    assert (set(used) == {threading.get_ident()}) == (T <= 16)
 
 
 @pytest.mark.parametrize(
