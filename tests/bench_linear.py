@@ -1,7 +1,8 @@
 """How fast each strategy of `linear` is: `python tests/bench_linear.py`.
 
 Prints milliseconds for one pass over the weights of a model of 135 million parameters (median of
-interleaved passes), by number of rows. Run it on a machine that does nothing else.
+interleaved passes), by number of rows; then those for the attention scores of one token in 30
+layers. Run it on a machine that does nothing else.
 """
 
 import statistics
@@ -15,6 +16,7 @@ from llama_np.linear import (
     TILE,
     Product,
     linear,
+    matmul,
     times,
     times_bf16,
     times_few,
@@ -31,6 +33,7 @@ LAYER = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576
 HEAD = (49152, 576)
 ROWS = (1, 2, 3, 4, 6, 7, 8, 12, 15, 16, 32, 128)
 PASSES = 9
+SCORES = ((1, 3, 3, 150), (1, 3, 3, 1500), (32, 3, 3, 150), (1, 4, 8, 500), (1, 4, 8, 1500))
 
 Cases = dict[str, tuple[Product, list[np.ndarray]]]
 
@@ -84,6 +87,28 @@ def main() -> None:
                 medians({"bf16": (linear, bits)}, inputs),
             ]
             print(f"{M:>4} rows, {count} processes:", *shared)
+    for B, K, G, S in SCORES:
+        keys = [random.standard_normal((B, K, S + 1, 64), np.float32) for _ in range(LAYERS)]
+        spent = attention_milliseconds(random.standard_normal((B, K, G, 64), np.float32), keys)
+        print(f"{B} x {K} x {G} queries, {S} keys:", spent)
+
+
+def attention_milliseconds(queries: np.ndarray, keys: list[np.ndarray]) -> str:
+    """`matmul` beside the plain product and the product row by row, for queries and keys."""
+    transposed = [k[:, :, :-1].swapaxes(2, 3) for k in keys]  # a part of a cache's slots
+    products: dict[str, Product] = {
+        "plain": lambda q, k: q @ k,
+        "row by row": lambda q, k: (q[..., None, :] @ k[..., None, :, :])[..., 0, :],
+        "matmul": lambda q, k: np.ascontiguousarray(matmul(q, k)),  # as softmax wants it
+    }
+    spent: dict[str, list[float]] = {name: [] for name in products}
+    for _ in range(PASSES):
+        for name, product in products.items():
+            start = time.perf_counter()
+            for k in transposed:
+                product(queries, k)
+            spent[name].append((time.perf_counter() - start) * 1e3)
+    return " ".join(f"{name} {statistics.median(v[1:]):.2f} ms" for name, v in spent.items())
 
 
 if __name__ == "__main__":
