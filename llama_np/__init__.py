@@ -24,7 +24,7 @@ from llama_np.hf_config import LlamaConfig
 from llama_np.hf_encoding import AddedToken, BatchEncoding
 from llama_np.hf_generation_config import GenerationConfig
 from llama_np.hf_streamers import TextIteratorStreamer, TextStreamer
-from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast
+from llama_np.hf_tokenizer import LlamaTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 from llama_np.memory import keep_freed_memory
 from llama_np.model import classify, hidden_states, logits
 from llama_np.sampling import Sampling
@@ -53,6 +53,7 @@ __all__ = [
     "LlamaModel",
     "LlamaTokenizer",
     "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
     "Sampling",
     "TextIteratorStreamer",
     "TextStreamer",

@@ -7,6 +7,7 @@ or a .bin file of llama2.c; it is found as a path, among the bundled models, or 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -216,15 +217,32 @@ def read_folder(path: Path, mmap: bool = True) -> dict[str, Stored]:
     """
     format = file_format(path)
     if format == "safetensors":
-        return read_tensors(path, mmap)
+        return _without_kernels(read_tensors(path, mmap))
     if format != "folder":
         return read_single(path, format, mmap).tensors
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists():
-        return read_tensors(path / "model.safetensors", mmap)
+        return _without_kernels(read_tensors(path / "model.safetensors", mmap))
     if index.exists():
-        return _read_shards(path, index, mmap)
+        return _without_kernels(_read_shards(path, index, mmap))
     raise _nothing_to_load(path, "model.safetensors")
+
+
+def _without_kernels(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Flax's names as PyTorch has them, and its kernels (in, out) as weights (out, in)."""
+    return {
+        re.sub(r"\.(kernel|embedding)$", ".weight", name): _transposed(tensor)
+        if name.endswith(".kernel")
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _transposed(kernel: Stored) -> Stored:
+    def read() -> np.ndarray:
+        return np.ascontiguousarray(kernel.array.T)
+
+    return Stored(kernel.dtype, read, kernel.shape[::-1], kernel.resting)
 
 
 def _nothing_to_load(folder: Path, wanted: str) -> Exception:
@@ -240,6 +258,9 @@ def _nothing_to_load(folder: Path, wanted: str) -> Exception:
         for found in sorted(folder.glob(pattern)):
             what = f"holds the pickle {found.name!r}; {advice}"
             return CheckpointError(f"{str(folder)!r} has no {wanted} but {what}", folder)
+    for found in sorted(folder.glob("*.msgpack")):
+        what = f"holds Flax's {found.name!r}; save the model with safe_serialization=True there"
+        return CheckpointError(f"{str(folder)!r} has no {wanted} but {what}", folder)
     for pattern in ("*.gguf", "*.safetensors", "*.bin"):
         for found in sorted(folder.glob(pattern)):
             what = f"no {wanted} in this folder; name a file in it, such as {found.name!r}"

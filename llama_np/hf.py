@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from llama_np import losses
+from llama_np.config import Config
 from llama_np.hf_base import LlamaPreTrainedModel
 from llama_np.hf_config import LlamaConfig, sets_generation_options
 from llama_np.hf_generate import generate, transition_scores
@@ -113,9 +114,13 @@ class LlamaForCausalLM(_WithHead):
     """The language model: token ids in, a score for every possible next token out."""
 
     _head = "lm_head.weight"
-    _generation_config: GenerationConfig | None = None
-    _derived: GenerationConfig | None = None
-    _in_file = False  # whether generation_config.json was there to be derived before
+
+    _generation_config: GenerationConfig
+    _derived: GenerationConfig | None  # what was made of the configuration
+
+    def __init__(self, config: LlamaConfig | Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._derive_generation_config()
 
     def forward(
         self,
@@ -168,27 +173,28 @@ class LlamaForCausalLM(_WithHead):
     def generation_config(self) -> GenerationConfig:
         """The defaults of generate(); change its attributes, or replace it.
 
-        Unless that happened, or the checkpoint brought some of its own, they follow `config`,
-        where old checkpoints keep them. A file that says it was made from a configuration stands
-        for it until an option of generate() is set there, as in 4.37.2.
+        Unless that happened, or the checkpoint brought some of its own, they are made from
+        `config`, where old checkpoints keep them, and made again once an option of generate() is
+        set there, as in 4.37.2; ids of special tokens alone are none.
         """
-        current = self._generation_config
-        follows = not self._in_file or sets_generation_options(self.config)
-        if current is None or (current == self._derived and follows):
-            self._derived = GenerationConfig.from_model_config(self.config)
-            current = self._generation_config = copy.deepcopy(self._derived)
-        return current
+        if self._generation_config == self._derived and sets_generation_options(self.config):
+            self._derive_generation_config()
+        return self._generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self._generation_config, self._derived = value, None
+
+    def _derive_generation_config(self) -> None:
+        self._derived = GenerationConfig.from_model_config(self.config)
+        self._generation_config = copy.deepcopy(self._derived)
 
     def _read_generation_config(self, folder: Path, options: Mapping[str, Any]) -> None:
         if (folder / GENERATION_FILE).exists():
             given = {name: value for name, value in options.items() if name in GENERATION_OPTIONS}
             self.generation_config = read = GenerationConfig.from_pretrained(folder, **given)
             if read._from_model_config:
-                self._derived, self._in_file = copy.deepcopy(read), True
+                self._derived = copy.deepcopy(read)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any

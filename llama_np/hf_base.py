@@ -6,10 +6,10 @@ taps for the functions of `model`.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,7 +23,7 @@ from llama_np.config import HARMLESS, Config
 from llama_np.errors import CheckpointError
 from llama_np.hf_config import LlamaConfig, dtype_name
 from llama_np.hf_loading import refuse, split_options
-from llama_np.hf_outputs import BaseModelOutputWithPast
+from llama_np.hf_outputs import BaseModelOutputWithPast, past_of
 from llama_np.layers import embed
 from llama_np.linear import linear
 from llama_np.model import ModelWeights, check_tokens, transform
@@ -54,15 +54,20 @@ _ONLY_SAVED: dict[str, Any] = {"is_main_process": True, "push_to_hub": False, "v
 
 
 class _Weights:
-    """The weights of a model, made when they are first used, shared by the model and its base."""
+    """The weights of a model, shared by the model and its base; random ones are made when used."""
 
-    def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
-        self._make = make
+    def __init__(
+        self, groups: dict[str, Any] | None, make: Callable[[], dict[str, Any]] | None = None
+    ) -> None:
+        self._groups, self._make = groups, make
 
-    @cached_property
+    @property
     def groups(self) -> dict[str, Any]:
         """Arrays by name, and one mapping for each layer, as `checkpoint.load` gives them."""
-        return self._make()
+        if self._groups is None:
+            assert self._make is not None
+            self._groups = self._make()
+        return self._groups
 
 
 class Module:
@@ -129,10 +134,9 @@ class LlamaPreTrainedModel:
         self._seed = seed
         self._core = self.config.core(rope_angles=self._angles())
         if weights is None:
-            self._weights = _Weights(self._random_groups)
+            self._weights = _Weights(None, self._random_groups)
         else:
-            groups = self._groups(given)
-            self._weights = _Weights(lambda: groups)
+            self._weights = _Weights(self._groups(given))
 
     def _set_precision(self, dtype: Any) -> None:
         name = dtype_name(dtype)
@@ -186,8 +190,7 @@ class LlamaPreTrainedModel:
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        groups = self._groups(hf_weights.flatten(params))
-        self._weights = _Weights(lambda: groups)
+        self._weights = _Weights(self._groups(hf_weights.flatten(params)))
 
     @property
     def dtype(self) -> Any:
@@ -300,8 +303,7 @@ class LlamaPreTrainedModel:
         if unknown:
             warnings.warn(f"{str(folder)!r}: ignored {unknown[:10]}", stacklevel=3)
         drawn = {name: self._random(name, shapes[name]) for name in fresh}
-        groups = self._groups(read.arrays(self._precision) | drawn)
-        self._weights = _Weights(lambda: groups)
+        self._weights = _Weights(self._groups(read.arrays(self._precision) | drawn))
 
     def _read_generation_config(self, folder: Path, options: Mapping[str, Any]) -> None:
         """Only models that generate have defaults for it."""
@@ -318,11 +320,13 @@ class LlamaPreTrainedModel:
         variant: str | None = None,
         token: Any = None,
         save_peft_format: bool = True,
+        params: Mapping[str, Any] | None = None,
     ) -> None:
         """Write config.json and model.safetensors (or shards), as transformers reads them.
 
-        The folder is created, an earlier save in it replaced. save_function (of pickles), token
-        and save_peft_format have no effect.
+        The folder is created, an earlier save in it replaced. params: other weights to be saved,
+        as `forward` takes them. save_function (of pickles), token and save_peft_format have no
+        effect.
         Errors: NotImplementedError for safe_serialization=False, push_to_hub, a variant, and
         another process than the main one; OSError.
         """
@@ -335,21 +339,22 @@ class LlamaPreTrainedModel:
         self.config.architectures = [type(self).__name__]
         self.config.torch_dtype = self._precision.name
         self.config.save_pretrained(folder)
-        arrays = self._flat() if state_dict is None else dict(state_dict)
+        weights = self.with_params(params)
+        arrays = self._flat(weights) if state_dict is None else dict(state_dict)
         if self._core.tie_word_embeddings and self._head == "lm_head.weight":
             arrays.pop("lm_head.weight", None)
         stored = {name: self._precision.stored(array) for name, array in arrays.items()}
         hf_weights.save_weights(folder, stored, max_shard_size)
 
-    def _flat(self) -> dict[str, Array]:
+    def _flat(self, weights: ModelWeights) -> dict[str, Array]:
         """Weights under the names of this class's state dict, as they rest."""
-        flat = hf_weights.flatten(self.weights)
+        flat = hf_weights.flatten(weights)
         prefix = "model." if self._head is None else ""
         return {name.removeprefix(prefix): flat[name] for name in self._shapes()}
 
     def state_dict(self) -> dict[str, Array]:
         """Every weight under Hugging Face's name; a tied head is listed, and shared."""
-        return {name: _shown(array) for name, array in self._flat().items()}
+        return {name: _shown(array) for name, array in self._flat(self.weights).items()}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; a tied matrix counts once, and all are trainable."""
@@ -442,6 +447,13 @@ class LlamaPreTrainedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Only a LlamaForCausalLM writes text. Errors: TypeError."""
+        raise TypeError(
+            f"The current model class ({type(self).__name__}) is not compatible with "
+            "`.generate()`, as it doesn't have a language model head. Use LlamaForCausalLM instead."
+        )
+
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A preallocated cache, to be handed in as `past_key_values`."""
         return self.new_cache(batch_size, max_length)
@@ -479,12 +491,13 @@ class LlamaPreTrainedModel:
         P = 0 if cache is None else cache.length
         visible = visibility(_trimmed(attention_mask, cache, P + T), B, T, P)  # (1|B, 1, T, P+T)
         positions = _position_ids(position_ids, P, T)  # (1|B, T)
+        _check_continues(cache, positions)
         hidden = self._transform(embedded, weights, cache, positions, visible, tap)
         if cache is past_key_values and cache is not None and not use_cache:
             cache.crop(P)  # it was asked to be read only
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=_past(past_key_values, cache) if use_cache else None,
+            past_key_values=past_of(past_key_values, cache) if use_cache else None,
             hidden_states=self._hidden_states(embedded, hidden, trace) if states else None,
             attentions=self._attentions(trace) if attentions else None,
         )
@@ -546,7 +559,8 @@ class LlamaPreTrainedModel:
         if input_ids is None and inputs_embeds is None:
             raise ValueError("You have to specify either input_ids or inputs_embeds")
         if input_ids is not None:
-            return embed(check_tokens(input_ids, self._core.vocab_size), weights[EMBEDDING])
+            table = weights[EMBEDDING]
+            return embed(check_tokens(input_ids, len(table)), table)
         given = np.asarray(inputs_embeds, dtype=self._precision.compute)
         D = self._core.hidden_size
         if given.ndim != 3 or given.shape[2] != D:
@@ -595,6 +609,10 @@ def _config_for(
     elif not isinstance(config, LlamaConfig):
         overrides |= {"return_unused_kwargs": True, **place}
         config, unused = LlamaConfig.from_pretrained(config, **overrides)
+    else:
+        config = copy.deepcopy(config)  # the caller's own stays as it is
+        if "attn_implementation" in unused:
+            config._attn_implementation = unused.pop("attn_implementation")
     if unused:
         raise TypeError(f"from_pretrained got unknown keywords: {', '.join(sorted(unused))}")
     unknown = vars(config).keys() - vars(LlamaConfig()).keys() - HARMLESS
@@ -604,9 +622,21 @@ def _config_for(
     return config
 
 
-def _past(given: Any, cache: KVCache | None) -> Any:
-    """What to hand back: the cache that was handed in, or else a tuple of (key, value) pairs."""
-    return cache if isinstance(given, KVCache) or cache is None else tuple(cache)
+def _check_continues(cache: KVCache | None, positions: Array) -> None:
+    """Refuse a preallocated cache that already holds these positions of every row.
+
+    A cache is extended in place, where Flax returns another one: what holds a text already cannot
+    start a second one.
+    """
+    if cache is None or not cache.fixed or not cache.length or not positions.shape[1]:
+        return
+    ends = cache.positions[:, : cache.length].max(axis=1)  # (B,)
+    if (positions[:, 0] <= ends).all():
+        raise ValueError(
+            f"the cache already holds {cache.length} tokens, up to position {ends.max()}, and "
+            f"position_ids begin at {positions[:, 0].min()}: it was extended in place; start "
+            "another text with a new init_cache()"
+        )
 
 
 def _position_ids(given: Any, P: int, T: int) -> Array:

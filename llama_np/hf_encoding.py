@@ -82,13 +82,25 @@ class TokenSpan(NamedTuple):
 
 
 class BatchEncoding(UserDict[str, Any]):
-    """What a tokenizer returns: a dictionary whose entries are also attributes."""
+    """What a tokenizer returns: a dictionary whose entries are also attributes.
+
+    encoding: what the package `tokenizers` made, one or one for each row. tensor_type "np" turns
+    lists into arrays, with `prepend_batch_axis` those of a single row.
+    """
 
     def __init__(
-        self, data: Mapping[str, Any] | None = None, encodings: Sequence[Any] | None = None
+        self,
+        data: Mapping[str, Any] | None = None,
+        encoding: Any = None,
+        tensor_type: str | None = None,
+        prepend_batch_axis: bool = False,
+        n_sequences: int | None = None,
     ) -> None:
         super().__init__(data or {})
-        self.encodings = encodings
+        several = encoding is None or isinstance(encoding, list | tuple)
+        self.encodings: Sequence[Any] | None = encoding if several else [encoding]
+        self._n_sequences = n_sequences
+        self.convert_to_tensors(tensor_type, prepend_batch_axis)
 
     def __getattr__(self, name: str) -> Any:
         if name == "data" or name not in self.data:
@@ -135,7 +147,9 @@ class BatchEncoding(UserDict[str, Any]):
     @property
     def n_sequences(self) -> int | None:
         """1 or 2, how many texts each row was made of; None from a slow tokenizer."""
-        return int(self.encodings[0].n_sequences) if self.encodings else None
+        if self._n_sequences is None and self.encodings:
+            self._n_sequences = int(self.encodings[0].n_sequences)
+        return self._n_sequences
 
     # Where the parts of a text are; the row may be left out of a batch of one:
     # x_to_y(index) or x_to_y(row, index). None where there is nothing, as at a control token.

@@ -28,7 +28,7 @@ import numpy as np
 from llama_np import hf_processors, sampling
 from llama_np.hf_beams import Beams
 from llama_np.hf_generation_config import GenerationConfig
-from llama_np.hf_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from llama_np.hf_outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, past_of
 from llama_np.hf_session import Session
 from llama_np.layers import softmax
 from llama_np.model import check_tokens
@@ -59,6 +59,7 @@ class Run:
     rng: np.random.Generator
     unfinished: np.ndarray  # (R,)
     deadline: float
+    past: Any  # what was given as past_key_values
     scores: list[np.ndarray] = field(default_factory=list)
 
     def processed(self, scores: np.ndarray) -> np.ndarray:
@@ -139,7 +140,9 @@ def generate(
         rng=np.random.default_rng(rng),
         unfinished=np.ones(len(prompt), bool),
         deadline=time.monotonic() + (np.inf if options.max_time is None else options.max_time),
+        past=given.get("past_key_values"),
     )
+    _fill_endings(options, model.generation_config, kwargs)
     _warn_beyond_context(model, options)
     if streamer is not None and options.num_beams > 1:
         raise ValueError("`streamer` cannot be used with beam search (yet!). Set `num_beams` to 1.")
@@ -307,7 +310,7 @@ def _answer(run: Run, beams: Beams | None) -> Any:
         "scores": tuple(run.scores) if run.options.output_scores else None,
         "attentions": None if traced.attentions is None else tuple(traced.attentions),
         "hidden_states": None if traced.hidden_states is None else tuple(traced.hidden_states),
-        "past_key_values": None if traced.cache is None else tuple(traced.cache),
+        "past_key_values": past_of(run.past, traced.cache),
     }
     if result is None:
         return GenerateDecoderOnlyOutput(sequences=run.ids, **common)
@@ -333,9 +336,8 @@ def resolve_options(
     """
     chosen = model.generation_config if generation_config is None else generation_config
     options = copy.deepcopy(chosen)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(model.generation_config, name))
+    if options.bos_token_id is None:
+        options.bos_token_id = model.generation_config.bos_token_id
     rest = options.update(**kwargs)
     given = {name: rest.pop(name) for name in (*_MODEL_INPUTS, "input_ids") if name in rest}
     if rest:
@@ -345,11 +347,28 @@ def resolve_options(
         )
     if kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is None:
         options.max_new_tokens = None
+    _pad_with_eos(options)
+    return options, given
+
+
+def _pad_with_eos(options: GenerationConfig) -> None:
     eos = hf_processors.as_ids(options.eos_token_id)
     options.eos_token_id = eos or None
     if options.pad_token_id is None and eos:
         options.pad_token_id = eos[0]
-    return options, given
+
+
+def _fill_endings(
+    options: GenerationConfig, defaults: GenerationConfig, kwargs: Mapping[str, Any]
+) -> None:
+    """Where a given GenerationConfig says nothing, the model's ids end a text and pad it.
+
+    They do not decide which tokens are padding in the prompt, nor what is done to scores.
+    """
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(options, name) is None and name not in kwargs:
+            setattr(options, name, getattr(defaults, name))
+    _pad_with_eos(options)
 
 
 def _prompt(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llama_np.checkpoint import locate
 from llama_np.config import read_json
 from llama_np.files import write_atomically
@@ -101,6 +103,8 @@ class GenerationConfig:
 
     max_length: Any
     max_new_tokens: Any
+    num_beams: Any
+    bos_token_id: int | None
     eos_token_id: Any
     pad_token_id: int | None
 
@@ -207,9 +211,11 @@ class GenerationConfig:
         for name, allowed in _NOT_IMPLEMENTED.items():
             if getattr(self, name) not in allowed:
                 raise NotImplementedError(f"generate() has no {name} here")
+        if self.num_beams is None:
+            self.num_beams = 1
         for name in ("num_beams", "num_return_sequences"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"`{name}` has to be an integer of at least 1, but is {value!r}")
         self._check_values()
         self._check_groups()
@@ -220,7 +226,7 @@ class GenerationConfig:
     def contrasts(self) -> bool:
         """Whether these options ask for contrastive search."""
         alone = self.num_beams == 1 and not self.do_sample
-        return bool(alone and self.penalty_alpha and self.top_k and self.top_k > 1)
+        return bool(alone and (self.penalty_alpha or 0) > 0 and self.top_k and self.top_k > 1)
 
     def _check_values(self) -> None:
         """What 4.37.2 checks at once, before the options are used.

@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from llama_np.cache import KVCache
+
 Past = Any  # a tuple of (key, value) pairs, or a KVCache; both give past[layer][0]
 Layers = tuple[np.ndarray, ...]
+
+
+def past_of(given: Any, cache: KVCache | None) -> Past:
+    """What to hand back: the cache that was handed in, or else a tuple of (key, value) pairs."""
+    return cache if isinstance(given, KVCache) or cache is None else tuple(cache)
 
 
 class ModelOutput(dict[str, Any]):
@@ -27,7 +34,7 @@ class ModelOutput(dict[str, Any]):
         return tuple(cls.__annotations__)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in type(self).fields():
+        if name not in type(self).fields() and name not in self:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return self.get(name)
 
@@ -38,8 +45,10 @@ class ModelOutput(dict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Everything that was computed, in the documented order."""
-        return tuple(self[name] for name in type(self).fields() if name in self)
+        """Everything that was computed, in the documented order, and then what was added."""
+        fields = type(self).fields()
+        known = [name for name in fields if name in self]
+        return tuple(self[name] for name in [*known, *(n for n in self if n not in fields)])
 
 
 class BaseModelOutputWithPast(ModelOutput):

@@ -49,11 +49,9 @@ def _repetition(options: Any, prompt: np.ndarray) -> Iterator[Processor]:
     if options.repetition_penalty not in (None, 1):
         penalty = _positive("repetition_penalty", options.repetition_penalty)
         yield lambda ids, scores: _penalize(scores, ids, penalty)
-    if options.no_repeat_ngram_size:
-        size = _whole("no_repeat_ngram_size", options.no_repeat_ngram_size)
+    if size := _count("no_repeat_ngram_size", options):
         yield lambda ids, scores: sampling.no_repeat_ngram(scores, ids, size)
-    if options.encoder_no_repeat_ngram_size:
-        n = _whole("encoder_no_repeat_ngram_size", options.encoder_no_repeat_ngram_size)
+    if n := _count("encoder_no_repeat_ngram_size", options):
         yield lambda ids, scores: sampling.no_repeat_ngram(scores, ids, n, _like(prompt, scores))
     if options.bad_words_ids is not None:
         words = _checked_words(options.bad_words_ids, options.eos_token_id)
@@ -76,11 +74,10 @@ def _lengths(options: Any, prompt_length: int) -> Iterator[Processor]:
     eos = options.eos_token_id
     if eos is None:
         return
-    if options.min_length:
-        least = _whole("min_length", options.min_length)
+    if least := _count("min_length", options):
         yield _forbid_while(eos, lambda length: length < least)
-    if options.min_new_tokens:
-        until = prompt_length + _whole("min_new_tokens", options.min_new_tokens)
+    if new := _count("min_new_tokens", options):
+        until = prompt_length + new
         yield _forbid_while(eos, lambda length: length < until)
 
 
@@ -140,12 +137,13 @@ def _hurry(eos: list[int], start: int, factor: float) -> Processor:
 
 def _suppressed(options: Any, prompt_length: int) -> Iterator[Processor]:
     """Tokens that are never said, not said first, or said at given places."""
-    forced = dict(options.forced_decoder_ids or [])
+    listed = list(options.forced_decoder_ids or [])
+    forced = dict(listed)
     if options.suppress_tokens is not None:
         yield _forbid_while(options.suppress_tokens, lambda length: True)
     if options.begin_suppress_tokens is not None:
         one_more = prompt_length <= 1 and options.forced_bos_token_id is not None
-        begin = prompt_length + int(one_more) + max(forced, default=0)
+        begin = prompt_length + int(one_more) + (listed[-1][0] if listed else 0)
         yield _forbid_while(options.begin_suppress_tokens, lambda length: length == begin)
     for place, token in forced.items():
         if token is not None:
@@ -175,10 +173,10 @@ def _warpers(options: Any, keep: int) -> Iterator[Processor]:
     if options.typical_p is not None and options.typical_p < 1:
         mass = _within("typical_p", options.typical_p)
         yield lambda ids, scores: sampling.typical_p(scores, mass, keep)
-    if options.epsilon_cutoff:
+    if options.epsilon_cutoff and options.epsilon_cutoff < 1:
         epsilon = _within("epsilon_cutoff", options.epsilon_cutoff)
         yield lambda ids, scores: sampling.epsilon_cutoff(scores, epsilon, keep)
-    if options.eta_cutoff:
+    if options.eta_cutoff and options.eta_cutoff < 1:
         eta = _within("eta_cutoff", options.eta_cutoff)
         yield lambda ids, scores: sampling.eta_cutoff(scores, eta, keep)
     if options.renormalize_logits:
@@ -205,6 +203,13 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ValueError(f"`{name}` has to be a non-negative integer, but is {value}")
     return int(value)
+
+
+def _count(name: str, options: Any) -> int:
+    """An option that is a number of tokens; 0 where it is off: None, or negative as in 4.37.2."""
+    value = getattr(options, name) or 0
+    negative = isinstance(value, int | np.integer) and value < 0
+    return 0 if negative else _whole(name, value)
 
 
 def _within(name: str, value: Any, lowest_allowed: bool = False) -> float:

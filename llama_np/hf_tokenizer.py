@@ -36,7 +36,13 @@ from llama_np.tokenizer import (
     trainer_spec,
 )
 
-__all__ = ["AddedToken", "BatchEncoding", "LlamaTokenizer", "LlamaTokenizerFast"]
+__all__ = [
+    "AddedToken",
+    "BatchEncoding",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -188,10 +194,13 @@ class LlamaTokenizer(LlamaTokenizerBase):
 
     # --- text -> tokens ---
 
-    def tokenize(self, text: str, add_special_tokens: bool = False, **options: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
         """The tokens of a text as strings; no control tokens are put around them in any case.
 
         split_special_tokens=True keeps control tokens that are written in the text plain text.
+        As in 4.37.2, a second text has no effect.
         """
         split = Options(add_special_tokens, **options).split_special_tokens
         return self._tokenize(text, self.split_special_tokens if split is None else split)
@@ -512,7 +521,8 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
 
         Found after the normalizer had put "▁" in front of it, "</s>" would be found nowhere.
         """
-        known = {t.content: t for t in self._tokenizer.get_added_tokens_decoder().values()}
+        listed = self._tokenizer.get_added_tokens_decoder().values()
+        known = {t.content: t for t in listed if t.special}
         if not special or token.content not in known:
             return token
         self._said_normalized[token.content] = bool(token.normalized)
@@ -675,6 +685,33 @@ class LlamaTokenizerFast(LlamaTokenizerBase):
             path.write_text(_portable(self._tokenizer.to_str()), encoding="utf-8")
             paths += (str(path),)
         return paths
+
+
+class PreTrainedTokenizerFast(LlamaTokenizerFast):
+    """The tokenizer of a tokenizer.json that is not LLaMA 1's or 2's, such as LLaMA 3's.
+
+    The file alone says which control tokens are put around a text; there are none but those that
+    the files name, and texts are padded on the right. AutoTokenizer chooses this class where
+    tokenizer_config.json names another class than LLaMA's.
+    """
+
+    _saved_class = "PreTrainedTokenizerFast"
+    padding_side = "right"
+    slow_tokenizer_class = None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike[str] | None = None,
+        tokenizer_file: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        unnamed = dict.fromkeys(("unk_token", "bos_token", "eos_token"))
+        unasked = {"add_bos_token": False, "add_eos_token": False}
+        options = {**unnamed, **options, **unasked}
+        super().__init__(vocab_file, tokenizer_file, **options)
+
+    def update_post_processor(self) -> None:
+        """Nothing: what is put around a text is the file's own."""
 
 
 def _portable(tokenizer_json: str) -> str:

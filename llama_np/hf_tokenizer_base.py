@@ -88,7 +88,10 @@ class _Special:
 
     def __set__(self, tokenizer: LlamaTokenizerBase, value: Any) -> None:
         if value is not None and not isinstance(value, str):
-            value = AddedToken.of(value)
+            try:
+                value = AddedToken.of(value)
+            except TypeError as problem:
+                raise ValueError(f"Cannot set a non-string value as the {self.name}") from problem
         tokenizer._special[self.name] = value
 
 
@@ -112,6 +115,7 @@ class LlamaTokenizerBase:
     """What LlamaTokenizer and LlamaTokenizerFast share; see those."""
 
     is_fast = False
+    _saved_class = "LlamaTokenizer"
     padding_side = "right"
     truncation_side = "right"
     vocab_file: str | None
@@ -281,6 +285,7 @@ class LlamaTokenizerBase:
             if name not in SPECIAL_TOKENS:
                 raise ValueError(f"{name!r} is not one of {', '.join(SPECIAL_TOKENS)}")
             if name != "additional_special_tokens":
+                setattr(self, name, value)  # checks it
                 token = AddedToken.of(value, special=True).as_special(settled=not self.is_fast)
                 setattr(self, name, token)
                 new += [token] if token not in new else []
@@ -626,7 +631,7 @@ class LlamaTokenizerBase:
         A sequence that would lose all its tokens is left alone, with an error in the log.
         """
         strategy = one_of("truncation_strategy", truncation_strategy, TRUNCATIONS)
-        side = self.truncation_side
+        side = one_of("truncation_side", self.truncation_side, SIDES)
         return truncate(ids, pair_ids, num_tokens_to_remove, strategy, stride, side)
 
     def pad(
@@ -678,7 +683,8 @@ class LlamaTokenizerBase:
             "special_tokens_mask": 1,
             "attention_mask": 0,
         }
-        return pad_batch(inputs, options, mask, fill, self.padding_side)
+        side = one_of("padding_side", self.padding_side, SIDES)
+        return pad_batch(inputs, options, mask, fill, side)
 
     # --- chat ---
 
@@ -836,7 +842,7 @@ class LlamaTokenizerBase:
             config.pop(name, None)
         added = self.added_tokens_decoder.items()
         config["added_tokens_decoder"] = {str(i): asdict(token) for i, token in added}
-        config["tokenizer_class"] = "LlamaTokenizer"
+        config["tokenizer_class"] = self._saved_class
         plain: dict[str, Any] = to_plain(config, typed=True)
         return plain
 

@@ -220,11 +220,12 @@ def _write_index(folder: Path, names: Iterable[str], shards: Iterable[Mapping[st
 
 
 def size_in_bytes(size: int | str) -> int:
-    """5000000000 for "5GB", 2**30 for "1GiB". Errors: ValueError."""
+    """5000000000 for "5GB", 2**30 for "1GiB"; a small b means bits. Errors: ValueError."""
     if isinstance(size, int):
         return size
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)", size.upper())
     if match is None:
         raise ValueError(f"max_shard_size = {size!r}: expected bytes, or for example '5GB'")
-    return int(match[1]) * units[match[2]]
+    bits = match[2][1] != "I" and size.endswith("b")
+    return int(match[1]) * units[match[2]] // (8 if bits else 1)

@@ -357,7 +357,7 @@ def test_stopping_criteria_stop_all_rows_or_one() -> None:
         ({"typical_p": 0.0, "do_sample": True}, ValueError),
         ({"repetition_penalty": 0.0}, ValueError),
         ({"repetition_penalty": "2"}, ValueError),
-        ({"no_repeat_ngram_size": -2}, ValueError),
+        ({"no_repeat_ngram_size": 1.5}, ValueError),
         ({"bad_words_ids": []}, ValueError),
         ({"bad_words_ids": [[-1]]}, ValueError),
         ({"bad_words_ids": [3]}, ValueError),
@@ -908,3 +908,80 @@ def test_inputs_for_the_next_step_leave_out_what_is_cached() -> None:
     assert then["input_ids"].tolist() == text[:, 4:].tolist()
     assert then["position_ids"].tolist() == [[3], [4]]
     assert model(**then).logits.shape == (2, 1, V)
+
+
+# ------------------------------------------------------------------ what is off, and what follows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": None},
+        {"do_sample": None},
+        {"min_length": -1},
+        {"min_new_tokens": -1},
+        {"no_repeat_ngram_size": -1},
+        {"encoder_no_repeat_ngram_size": -1},
+        {"penalty_alpha": -0.6, "top_k": 4},
+        {"num_return_sequences": np.int64(1)},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`do_sample` is False")
+def test_what_transformers_takes_as_off_is_off(options: dict[str, Any]) -> None:
+    model = tiny(eos_token_id=2)
+    plain = model.generate(prompts(), max_new_tokens=6)
+    np.testing.assert_array_equal(model.generate(prompts(), max_new_tokens=6, **options), plain)
+
+
+@pytest.mark.parametrize("options", [{"epsilon_cutoff": 1.5}, {"eta_cutoff": 2.0}], ids=str)
+def test_cutoffs_from_one_on_are_off(options: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "rng": 3}
+    plain = tiny().generate(prompts(), **call)
+    np.testing.assert_array_equal(tiny().generate(prompts(), **call, **options), plain)
+
+
+def test_the_models_ids_end_a_text_but_do_not_change_scores() -> None:
+    free = tiny(eos_token_id=None)
+    text = prompts(1)
+    said = free.generate(text, max_new_tokens=6)[0, 5:].tolist()
+    ends = LlamaForCausalLM(free.config, free.weights)
+    ends.generation_config = GenerationConfig(eos_token_id=said[2], pad_token_id=int(text[0, 0]))
+    config = GenerationConfig(max_new_tokens=6, min_new_tokens=5)
+    # no minimum without an eos in the same options, and no token of the prompt taken for padding
+    found = ends.generate(text, generation_config=config)
+    np.testing.assert_array_equal(found[0, 5:], said[: said.index(said[2]) + 1])
+
+
+def test_special_tokens_alone_do_not_change_the_options_of_a_model() -> None:
+    text = prompts(1)
+    plain = tiny(layers=1).generate(text, max_new_tokens=6)
+    model = LlamaForCausalLM(LlamaConfig(**tiny(layers=1).config.to_dict()), dtype=np.float64)
+    model.config.pad_token_id = int(text[0, 0])
+    model.config.eos_token_id = int(plain[0, 6])
+    np.testing.assert_array_equal(model.generate(text, max_new_tokens=6), plain)
+    model.config.update({"min_length": 1})  # an option of generate(): now they are made again
+    assert model.generation_config.eos_token_id == int(plain[0, 6])
+
+
+def test_first_tokens_are_suppressed_after_the_last_forced_one() -> None:
+    text = prompts(1)
+    model = tiny(eos_token_id=None)
+    forced = [[8, 22], [6, 21]]
+    plain = model.generate(text, max_new_tokens=6, forced_decoder_ids=forced)
+    # counted from the prompt's end, the last entry's place: 5 + 6 is beyond the text
+    found = model.generate(
+        text, max_new_tokens=7, forced_decoder_ids=forced, begin_suppress_tokens=list(range(3, 23))
+    )
+    np.testing.assert_array_equal(found[:, :11], plain)
+    assert found[0, 11] < 3
+
+
+def test_a_cache_that_was_given_is_given_back() -> None:
+    model = tiny(eos_token_id=None)
+    memory = model.new_cache(2)
+    options: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True}
+    out = model.generate(prompts(), past_key_values=memory, **options)
+    assert out.past_key_values is memory
+    assert memory.length == 6
+    assert isinstance(model.generate(prompts(), **options).past_key_values, tuple)

@@ -6,6 +6,8 @@ compared, 2e-5 relative too: they sum in different orders, as two programs do.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,8 @@ from llama_np import (
     hf,
 )
 from llama_np.errors import CheckpointError, ConfigError
+from llama_np.hf_base import LlamaPreTrainedModel
+from llama_np.hf_weights import size_in_bytes
 from llama_np.precision import round_bf16, round_f16
 from llama_np.weights import read_header
 
@@ -654,3 +658,149 @@ def test_keys_that_change_the_numbers_are_not_ignored(tmp_path: Path) -> None:
         LlamaForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match="sliding_window"):
         tiny(sliding_window=5)
+
+
+# ------------------------------------------------------------------ copies, configurations, Flax
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_copy_of_a_model_has_weights_of_its_own(used: bool, given: bool, tmp_path: Path) -> None:
+    model = tiny()
+    if given:
+        model.save_pretrained(tmp_path)
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+    before = model(random_ids()).logits if used else None
+    twin = copy.deepcopy(model)
+    twin.resize_token_embeddings(50)
+    twin.set_input_embeddings(np.zeros((50, 24), np.float32))
+    after = model(random_ids()).logits
+    assert after.shape[-1] == model.vocab_size == 41
+    np.testing.assert_array_equal(after, tiny()(random_ids()).logits if before is None else before)
+
+
+def test_models_can_be_pickled(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    for one_model in (model, LlamaForCausalLM.from_pretrained(tmp_path)):
+        twin = pickle.loads(pickle.dumps(one_model))
+        np.testing.assert_array_equal(twin(random_ids()).logits, model(random_ids()).logits)
+        assert twin.weights["lm_head.weight"] is twin.weights["model.embed_tokens.weight"]
+
+
+def test_a_given_configuration_stays_the_callers_own(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, config=config, attn_implementation="flash_attention_2"
+    )
+    assert model.config._attn_implementation == "flash_attention_2"
+    model.resize_token_embeddings(50)
+    assert (config.vocab_size, config._attn_implementation) == (41, "eager")
+    LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+
+
+def test_the_embedding_decides_which_tokens_there_are() -> None:
+    model = tiny()
+    base = model.model
+    model.resize_token_embeddings(50)
+    assert base(np.array([[49]])).last_hidden_state.shape == (1, 1, 24)
+    other = tiny()
+    other.model.resize_token_embeddings(50)
+    assert other(np.array([[49]])).logits.shape == (1, 1, 41)
+    with pytest.raises(IndexError):
+        other(np.array([[50]]))
+
+
+def flax_names(model: Any) -> dict[str, np.ndarray]:
+    """A state dict under Flax's names, with Flax's (in, out) kernels."""
+    named = {}
+    for name, array in model.state_dict().items():
+        if name.endswith("embed_tokens.weight"):
+            named[name.replace("weight", "embedding")] = array
+        elif array.ndim == 2:
+            named[name.replace("weight", "kernel")] = np.ascontiguousarray(array.T)
+        else:
+            named[name] = array
+    return named
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shard", ["5GB", "4KB"])
+def test_safetensors_of_flax_are_read(shard: str, tmp_path: Path) -> None:
+    model = tiny(num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    LlamaPreTrainedModel.save_pretrained(
+        model, tmp_path, state_dict=flax_names(model), max_shard_size=shard
+    )
+    for dtype in ("float32", "bfloat16"):
+        read = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        direct = LlamaForCausalLM(model.config, model.weights, dtype=dtype)
+        np.testing.assert_array_equal(read(random_ids()).logits, direct(random_ids()).logits)
+    _, weights = llama_np.load(tmp_path)
+    expected = model.weights["model.layers.1"]["mlp.up_proj.weight"]
+    np.testing.assert_array_equal(weights["model.layers.1"]["mlp.up_proj.weight"], expected)
+
+
+def test_msgpack_of_flax_is_named(tmp_path: Path) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    (tmp_path / "flax_model.msgpack").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack.*safe_serialization=True"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_given_parameters_are_saved(tmp_path: Path) -> None:
+    model, other = tiny(), tiny(seed=1)
+    model.save_pretrained(tmp_path, params=other.params)
+    read = LlamaForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(read(random_ids()).logits, other(random_ids()).logits)
+
+
+def test_a_preallocated_cache_does_not_start_a_second_text() -> None:
+    model = tiny()
+    memory = model.init_cache(3, 16)
+    arguments: dict[str, Any] = {"past_key_values": memory, "position_ids": np.arange(7)[None]}
+    model(random_ids(), **arguments)
+    with pytest.raises(ValueError, match="holds 7 tokens, up to position 6"):
+        model(random_ids(), **arguments)
+    assert memory.length == 7
+    one_more: dict[str, Any] = {"past_key_values": memory, "position_ids": np.array([[7]])}
+    model(random_ids()[:, :1], **one_more)
+    with pytest.raises(ValueError, match="extended in place"):
+        model(random_ids()[:, 1:2], **one_more)
+
+
+def test_a_left_padded_text_goes_on_in_a_preallocated_cache() -> None:
+    model = tiny()
+    memory = model.init_cache(2, 16)
+    mask = np.ones((2, 16), int)
+    mask[:, :2] = 0
+    mask[0, 2] = 0
+    positions = np.maximum(mask[:, :7].cumsum(axis=1) - 1, 0)
+    arguments: dict[str, Any] = {"past_key_values": memory, "attention_mask": mask}
+    model(random_ids(2), position_ids=positions, **arguments)
+    model(random_ids(2, 1), position_ids=positions[:, -1:] + 1, **arguments)
+    assert memory.length == 8
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_only_a_language_model_generates(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}.*LlamaForCausalLM"):
+        tiny(name).generate(random_ids())
+
+
+def test_what_is_put_into_an_output_can_be_read() -> None:
+    out = tiny()(random_ids())
+    out.mine = 3
+    assert (out.mine, out["mine"], out[-1]) == (3, 3, 3)
+    with pytest.raises(AttributeError):
+        _ = out.yours
+
+
+def test_a_small_b_means_bits() -> None:
+    assert [size_in_bytes(size) for size in ("40KB", "40Kb", "4KiB", "4kib")] == [
+        40_000,
+        5_000,
+        4_096,
+        4_096,
+    ]

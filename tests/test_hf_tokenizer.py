@@ -18,7 +18,14 @@ from tokenizers_for_tests import LLAMA3_SPECIAL, byte_level_json, train_sentence
 
 from llama_np.checkpoint import locate
 from llama_np.errors import ChatTemplateError, TokenizerError
-from llama_np.hf_tokenizer import AddedToken, BatchEncoding, LlamaTokenizer, LlamaTokenizerFast
+from llama_np.hf_auto import AutoTokenizer
+from llama_np.hf_tokenizer import (
+    AddedToken,
+    BatchEncoding,
+    LlamaTokenizer,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerFast,
+)
 
 CLASSES: dict[str, Any] = {
     "LlamaTokenizer": LlamaTokenizer,
@@ -564,3 +571,80 @@ def test_the_fast_class_names_the_package_it_needs(
     with pytest.raises(ModuleNotFoundError, match=r"llama_np\[hf\]") as caught:
         LlamaTokenizerFast(folder / "tokenizer.model")
     assert caught.value.name == "tokenizers"
+
+
+# --- what else transformers has ------------------------------------------------------------------
+
+
+def test_the_files_name_the_class_of_an_auto_tokenizer(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_level_json(LLAMA3_SPECIAL))
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    for name, cls in {
+        "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+        "GPT2Tokenizer": PreTrainedTokenizerFast,
+        "LlamaTokenizer": LlamaTokenizerFast,
+    }.items():
+        config = {"tokenizer_class": name, "bos_token": bos, "eos_token": eos}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert type(AutoTokenizer.from_pretrained(tmp_path)) is cls
+    assert type(AutoTokenizer.from_pretrained(folder)) is LlamaTokenizerFast
+
+
+def test_a_tokenizer_of_another_class_is_as_its_file_says(tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(byte_level_json(LLAMA3_SPECIAL))
+    backend = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, pad_token="<|end_of_text|>")
+    texts = ["a king", "once upon a time"]
+    expected = [encoding.ids for encoding in backend.encode_batch(texts)]
+    assert tokenizer(texts).input_ids == expected
+    assert (tokenizer.bos_token, tokenizer.unk_token, len(tokenizer)) == (
+        None,
+        None,
+        backend.get_vocab_size(),
+    )
+    padded = tokenizer(texts, padding=True).input_ids
+    assert padded[0][: len(expected[0])] == expected[0]
+    assert padded[0][-1] == tokenizer.pad_token_id
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert type(again) is PreTrainedTokenizerFast
+    assert again(texts).input_ids == expected
+
+
+def test_a_plain_token_that_becomes_special_is_found_inside_words(folder: Path) -> None:
+    tokenizer = LlamaTokenizerFast(folder / "tokenizer.model")
+    tokenizer.add_tokens("[X]")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[X]"]})
+    assert tokenizer.convert_tokens_to_ids("[X]") in tokenizer("a[X]b").input_ids
+
+
+def test_a_batch_encoding_is_made_as_documented(fast: LlamaTokenizerFast) -> None:
+    rows = BatchEncoding({"input_ids": [[1, 2]]}, tensor_type="np")
+    np.testing.assert_array_equal(rows.input_ids, [[1, 2]])
+    row = BatchEncoding({"input_ids": [1, 2]}, tensor_type="np", prepend_batch_axis=True)
+    assert row.input_ids.shape == (1, 2)
+    assert BatchEncoding({"input_ids": [1]}, n_sequences=2).n_sequences == 2
+    encoding = fast("a king")[0]
+    assert BatchEncoding({"input_ids": encoding.ids}, encoding).tokens() == encoding.tokens
+
+
+@BOTH
+def test_a_side_that_does_not_exist_is_refused(cls: Any, folder: Path) -> None:
+    tokenizer = cls(folder / "tokenizer.model", pad_token="<unk>")
+    tokenizer.padding_side = "lefft"
+    with pytest.raises(ValueError, match="lefft"):
+        tokenizer(["a", "a b c"], padding=True)
+
+
+@BOTH
+def test_a_special_token_is_a_string(cls: Any, folder: Path) -> None:
+    tokenizer = cls(folder / "tokenizer.model")
+    with pytest.raises(ValueError, match="non-string value as the pad_token"):
+        tokenizer.pad_token = 3
+    with pytest.raises(ValueError, match="non-string value as the pad_token"):
+        tokenizer.add_special_tokens({"pad_token": 3})
+
+
+def test_a_second_text_has_no_effect_on_slow_tokens(slow: LlamaTokenizer) -> None:
+    assert slow.tokenize("a king", pair="b") == slow.tokenize("a king")

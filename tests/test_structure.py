@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports only from the lines above its own, so that each can be read
 # knowing only what stands above it.
 LEVELS = [
-    "activations errors hf_loading hf_outputs hf_streamers memory options precision tap",
+    "activations errors hf_loading hf_streamers memory options precision tap",
     "terminal threads",
     "files hf_encoding hub linear query_blocks",
     "config tokenizer weights workers",
@@ -32,7 +32,8 @@ LEVELS = [
     "chunks experiment inspection losses meta",
     "generate",
     "perplexity prompt_cache",
-    "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
+    "hf_beams hf_config hf_generation_config hf_outputs hf_processors hf_session hf_tokenizer_base "
+    "hf_weights",
     "bench bulk chat convert explore hf_tokenizer trace",
     "cli_chat cli_convert hf_base hf_generate ports",
     "hf variations verify",
