@@ -591,12 +591,12 @@ def _faulty_ops(evidence: Evidence, model: Model) -> tuple[str, ...]:
     if len(evidence.names) < 3:
         return ()
     found = replay(evidence.port, model, golden=evidence.golden)
-    ops = [f.op + (f" (right with {f.right_with})" if f.right_with else "") for f in found.faulty]
+    ops = [f.op + (f": {f.pattern}" if f.pattern else "") for f in found.faulty]
     if not ops:
         return ()
-    more = f" and {len(ops) - SHOWN} more" if len(ops) > SHOWN else ""
+    more = [f"  and {len(ops) - SHOWN} more"] if len(ops) > SHOWN else []
     count = f"{len(ops)} of {len(found.checked)} ops do not follow from their own inputs"
-    return (f"replay: {count}: {', '.join(ops[:SHOWN])}{more}", *found.notes)
+    return (f"replay: {count}", *(f"  {op}" for op in ops[:SHOWN]), *more, *found.notes)
 
 
 def _fits(evidence: Evidence, trial: Trial) -> bool:

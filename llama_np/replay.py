@@ -21,13 +21,13 @@ from llama_np.experiment import (
     AXES,
     FLOAT64,
     INPUT_OF,
-    PEAK,
     PRECISIONS,
     Enough,
     Op,
     Place,
     Precision,
     Run,
+    axes_of,
     error,
     evaluate,
     full_name,
@@ -41,6 +41,7 @@ from llama_np.experiment import (
 )
 from llama_np.layers import project, rms_norm
 from llama_np.model import ModelWeights
+from llama_np.patterns import end_of_sum, listed, traces, wrong_channels, wrong_rows
 from llama_np.ports import ROTARY, Dump, Port, View, read_port, views
 from llama_np.trace import (
     Golden,
@@ -84,8 +85,9 @@ SHIFTS = (*range(1, 33), *range(-1, -9, -1))  # constant shifts of all positions
 class Fault:
     """An op whose output does not follow from its inputs.
 
-    position: the first wrong row; channels: the wrong columns of its output, if they are few;
-    right_with: another weight of the model with which it follows.
+    position: the first wrong row; channels: the wrong columns of its output, if they are few or
+    in one piece; right_with: another weight of the model, or the part of the sum, with which it
+    follows; traces: what else the wrong numbers have in common, in words.
     """
 
     op: str
@@ -95,6 +97,14 @@ class Fault:
     reason: str = ""
     channels: tuple[int, ...] = ()
     right_with: str = ""
+    traces: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        """How the output differs, in words; empty if nothing stands out."""
+        where = f"only in {listed('channel', self.channels)}" if self.channels else ""
+        right = f"right with {self.right_with}" if self.right_with else ""
+        return "; ".join(filter(None, (where, *self.traces, right)))
 
 
 @dataclass(frozen=True)
@@ -128,17 +138,16 @@ class Replayed:
 
 
 def _where(fault: Fault) -> str:
-    where = fault.reason or f"from position {fault.position}"
-    if fault.channels:
-        where += f", only in channel {', '.join(map(str, fault.channels))}"
-    return f"{where}; right with {fault.right_with}" if fault.right_with else where
+    return "; ".join(
+        filter(None, (fault.reason or f"from position {fault.position}", fault.pattern))
+    )
 
 
 def _brief(fault: Fault) -> dict[str, Any]:
     size = fault.error if np.isfinite(fault.error) else None
     brief = {"op": fault.op, "error": size, "limit": fault.limit, "position": fault.position}
     more = {"reason": fault.reason, "channels": list(fault.channels)}
-    more["right_with"] = fault.right_with
+    more |= {"right_with": fault.right_with, "traces": list(fault.traces)}
     return brief | {key: value for key, value in more.items() if value}
 
 
@@ -300,8 +309,7 @@ def _suspicions(checked: Sequence[Fault], faulty: Sequence[Fault]) -> list[str]:
     if _quantized(checked, faulty):
         return [QUANTIZED.format(size)]
     dense = all(
-        split_name(f.op)[1] in INPUT_OF and f.error < LITTLE and not (f.channels or f.right_with)
-        for f in faulty
+        split_name(f.op)[1] in INPUT_OF and f.error < LITTLE and not f.pattern for f in faulty
     )
     few = len(checked) > 1 and 0 < len(faulty) <= MOST_SUSPECTS
     return [IN_PART.format(", ".join(f.op for f in faulty), size)] if dense and few else []
@@ -340,26 +348,21 @@ def _fault(name: str, exact: _Pass, limit: float) -> Fault:
     size = error(mine, gold)
     if not np.isfinite(size):
         return Fault(name, size, limit, rows.start, "NaN or infinity")
+    if size <= limit:
+        return Fault(name, size, limit)
     a, r = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (mine, gold))
-    norms = np.linalg.norm(r, axis=1)
-    by_row = np.linalg.norm(a - r, axis=1) / np.where(norms > 0, norms, 1)
-    wrong = np.flatnonzero(by_row > limit)
-    position = rows.start + int(wrong[0]) if len(wrong) and size > limit else None
-    channels = _few_channels(mine, gold, limit) if size > limit else ()
-    return Fault(name, size, limit, position, channels=channels)
-
-
-def _few_channels(mine: np.ndarray, gold: np.ndarray, limit: float) -> tuple[int, ...]:
-    """The columns that hold the whole error of an array, if they are no more than a twentieth."""
+    wrong = wrong_rows(a, r, limit)
+    position = rows.start + int(wrong[0]) if len(wrong) else None
     C = gold.shape[-1]
-    off = np.linalg.norm((mine - gold).reshape(-1, C), axis=0)
-    usual = np.linalg.norm(gold) / math.sqrt(C) or 1.0
-    wrong = np.flatnonzero(off > PEAK * limit * usual)
-    return tuple(wrong.tolist()) if len(wrong) <= C // 20 else ()
+    channels = wrong_channels(mine.reshape(-1, C), gold.reshape(-1, C), limit)
+    by_head = axes_of(name).endswith("*H")
+    width = exact.like.config.head_dim if by_head else C
+    found = tuple(traces(a, r, limit, width))
+    return Fault(name, size, limit, position, channels=channels, traces=found)
 
 
 def _weight_that_fits(fault: Fault, exact: _Pass, run: Run) -> str:
-    """The weight with which the port's output follows from its input, if there is one."""
+    """The weight, or the part of it, with which the port's output follows from its input."""
     layer, local = split_name(fault.op)
     source, own = _input_of(fault.op, run.config), f"{local}.weight"
     group = run.weights if layer < 0 else run.weights[f"model.layers.{layer}"]
@@ -375,7 +378,12 @@ def _weight_that_fits(fault: Fault, exact: _Pass, run: Run) -> str:
         output = project(local, x, w) if linear else rms_norm(local, x, w, run.config.rms_norm_eps)
         if error(mine, output) <= fault.limit:
             return name
-    return ""
+    if local not in INPUT_OF:
+        return ""
+    outputs, inputs = group[own].shape
+    summed = (mine - group.get(f"{local}.bias", 0)).reshape(-1, outputs)
+    n = end_of_sum(x.reshape(-1, inputs), FLOAT64.convert(group[own]), summed, fault.limit)
+    return f"the first {n} of {inputs} inputs" if n else ""
 
 
 def _input_of(name: str, config: Config) -> str:

@@ -30,7 +30,7 @@ LEVELS = [
     "gguf_model hf_outputs layers llama2c speculate",
     "checkpoint model sampling tiktoken_model",
     "chunks experiment inspection losses meta",
-    "generate",
+    "generate patterns",
     "perplexity prompt_cache",
     "hf_beams hf_config hf_generation_config hf_processors hf_session hf_tokenizer_base hf_weights",
     "bench bulk chat convert explore hf_tokenizer trace",
