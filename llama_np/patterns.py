@@ -53,7 +53,7 @@ def traces(mine: np.ndarray, gold: np.ndarray, limit: float, width: int = 0) -> 
         yield "what is wrong is 0: never written?"
         return
     yield from _factors(a, r, CLEAR * size, width or gold.shape[1])
-    for name, rounded in FORMATS.items():
+    for name, rounded in FORMATS.items() if len(np.unique(a)) > NAMED else ():
         if (rounded(a) == a).all() and not (rounded(r.astype(np.float32)) == r).all():
             yield f"holds {name} numbers"
             return
@@ -63,15 +63,21 @@ def _factors(a: np.ndarray, r: np.ndarray, rest: float, width: int) -> Iterator[
     """Whether one factor, or one per vector of that width, leaves no more than `rest`."""
     one = _factor(a.reshape(1, -1), r.reshape(1, -1))
     if error(a, one * r) <= rest:
-        yield f"{one.item():.5g} times what it should be"
+        yield f"{_near_one(one.item())} times what it should be"
         return
     a, r = a.reshape(-1, width), r.reshape(-1, width)  # shorter than 3, anything nearly fits
     each = _factor(a, r)
     if width > 2 and error(a, each * r) <= rest:
         yield (
-            f"every vector is off by its own factor, {each.min():.5g} to {each.max():.5g}: "
-            "look at what it is divided by"
+            f"every vector is off by its own factor, {_near_one(each.min())} to "
+            f"{_near_one(each.max())}: look at what it is divided by"
         )
+
+
+def _near_one(factor: float) -> str:
+    """A factor in five digits, or its distance from 1 where these would hide it."""
+    off = factor - 1
+    return f"1 {'-' if off < 0 else '+'} {abs(off):.1e}" if 0 < abs(off) < 1e-3 else f"{factor:.5g}"
 
 
 def _factor(a: np.ndarray, r: np.ndarray) -> np.ndarray:

@@ -60,6 +60,15 @@ def test_a_factor_of_some_rows_is_named() -> None:
     assert said(lambda x: np.concatenate([x[:3], -x[3:]])) == ["-1 times what it should be"]
 
 
+@pytest.mark.parametrize(("off", "words"), [(3.2e-5, "1 + 3.2e-05"), (-4e-4, "1 - 4.0e-04")])
+def test_a_factor_near_1_is_told_from_1(off: float, words: str) -> None:
+    assert said(lambda x: x * (1 + off)) == [f"{words} times what it should be"]
+
+
+def test_a_few_plain_numbers_are_in_no_format() -> None:
+    assert said(np.ones_like) == []  # every format has 1
+
+
 @pytest.mark.parametrize("width", [0, 8])
 def test_factors_of_their_own_are_named(width: int) -> None:
     each = np.linspace(0.5, 0.75, truth().size // (width or 24))[:, None]
