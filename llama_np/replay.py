@@ -70,8 +70,8 @@ QUANTIZED = (
     "if its weights are quantized, compare with the quantized model"
 )
 IN_PART = (
-    "{} alone: off by {:.1%} at the median in all channels, as with quantized weights, or with "
-    "those of another checkpoint"
+    "{} alone: off by {:.1%} at the median in all channels, as with quantized weights, those of "
+    "another checkpoint, or an input that is not the one recorded (normalized or cast once more)"
 )
 ONE_STEP = "only {} could be recomputed, in one step from the tokens: `verify` is stricter there"
 LITTLE = 0.2  # relative error of a product with weights of four bits
