@@ -18,9 +18,8 @@ from llama_np.threads import avx512_kernels
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# What worker processes take part in (workers.py), by id(weight): for a number of rows and the
-# weight their product, or None where it does not pay.
-SHARED: dict[int, Callable[[int, np.ndarray], Product | None]] = {}
+# The products in which worker processes take part (workers.py), by id(weight).
+SHARED: dict[int, Product] = {}
 
 FEW = (2, 3)  # rows for which BLAS's matrix-vector product is the faster one
 TILE = 8  # rows that BLAS's matrix-matrix product takes at once
@@ -39,9 +38,8 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     The weight is stored as (out, in), as in every checkpoint; bfloat16 bits are widened exactly.
     """
     rows = x.reshape(-1, x.shape[-1])  # one large product instead of many small ones
-    share = SHARED.get(id(weight))
-    shared = None if share is None else share(len(rows), weight)
-    product = (shared or strategy(len(rows), weight))(rows, weight)
+    multiply = SHARED.get(id(weight)) or strategy(len(rows), weight)
+    product = multiply(rows, weight)
     if bias is not None:
         product += bias
     return product.reshape(*x.shape[:-1], weight.shape[0])

@@ -43,11 +43,26 @@ def matrices(seed: int = 0) -> dict[str, np.ndarray]:
 @contextmanager
 def team(weights: dict[str, np.ndarray], processes: int = 2) -> Iterator[Team]:
     """A team for weights of any size."""
-    team = Team(list(weights.values()), processes)
+    team = Team([[weight] for weight in weights.values()], processes)
     try:
         yield team
     finally:
         team.close()
+
+
+def asks_the_workers(pair: Team, M: int, weight: np.ndarray) -> bool:
+    """Whether a product of M rows is shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[int] = []
+        collect = pair._collect
+
+        def collecting(rows: np.ndarray, number: int) -> dict[int, np.ndarray] | None:
+            asked.append(number)
+            return collect(rows, number)
+
+        patch.setattr(pair, "_collect", collecting)
+        linear.linear(np.ones((M, weight.shape[1]), np.float32), weight)
+    return bool(asked)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,11 +112,11 @@ def test_the_workers_really_take_part(weights: dict[str, np.ndarray]) -> None:
     rows = np.ones((1, 64), np.float32)
     with team(weights) as pair:
         expected = linear.linear(rows, weight)
-        number = pair.number[id(weight)]
-        share = pair.workers[0].share[number]
-        _, board = pair.board.arrays(number, 1, 4)
+        number = pair.job_of[id(weight)]
+        ((cut, _),) = pair.workers[0].desk.pieces[number]
+        (board,) = pair.desk.task(number, 1, 4).products.values()
         np.testing.assert_array_equal(board, expected)
-        assert board[:, share].any() and share == slice(65, 130)
+        assert board[:, cut].any() and cut == slice(65, 130)
 
 
 def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> None:
@@ -122,7 +137,7 @@ def test_more_rows_than_pay_are_left_to_the_threads_of_blas(
     weight = weights["bfloat16 130"]
     with team(weights) as pair:
         for M, expected in ((1, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, all_threads), (1, 1)):
-            assert (pair.strategy(M, weight) is None) == (M > MOST_ROWS)
+            assert asks_the_workers(pair, M, weight) == (M <= MOST_ROWS)
             assert blas_threads() == expected
 
 
@@ -134,8 +149,7 @@ def test_with_avx512_float_weights_are_shared_for_as_many_rows_as_bfloat16_ones(
         monkeypatch.setattr(workers, "avx512_kernels", lambda avx512=avx512: avx512)
         with team(weights) as pair:
             for M in counts:
-                shares = pair.strategy(M, weights["float32 130"]) is not None
-                assert shares == (1 <= M <= most)
+                assert asks_the_workers(pair, M, weights["float32 130"]) == (1 <= M <= most)
 
 
 def test_workers_wait_until_the_threads_of_blas_sleep(
@@ -146,13 +160,13 @@ def test_workers_wait_until_the_threads_of_blas_sleep(
     monkeypatch.setattr(threads, "AWAKE", 1.0)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with team(weights) as pair:
-        assert pair.strategy(1, weight) not in (None, pair.times)
+        assert not asks_the_workers(pair, 1, weight) and blas_threads() == 1
         now = 101.5
-        assert pair.strategy(1, weight) == pair.times
-        assert pair.strategy(MOST_ROWS + 1, weight) is None  # a prompt: BLAS uses its threads
-        assert pair.strategy(1, weight) not in (None, pair.times)
+        assert asks_the_workers(pair, 1, weight)
+        asks_the_workers(pair, MOST_ROWS + 1, weight)  # a prompt: BLAS uses its threads
+        assert not asks_the_workers(pair, 1, weight)
         now = 103.0
-        assert pair.strategy(1, weight) == pair.times
+        assert asks_the_workers(pair, 1, weight)
 
 
 def test_a_killed_worker_costs_a_warning_and_no_result(weights: dict[str, np.ndarray]) -> None:
@@ -179,7 +193,7 @@ def test_ctrl_c_leaves_the_workers_ready(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(workers, "_local", interrupted)
+            patch.setattr(workers._Task, "do", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 linear.linear(rows * 2, weight)
         assert pair.workers[0].process.is_alive() and id(weight) in SHARED
@@ -201,19 +215,19 @@ def test_a_second_thread_computes_by_itself(weights: dict[str, np.ndarray]) -> N
 def test_a_process_forked_by_somebody_else_leaves_the_workers_alone(
     weights: dict[str, np.ndarray],
 ) -> None:
-    with team(weights):
-        strategy = SHARED[id(weights["float32 67"])]
+    weight = weights["float32 67"]
+    with team(weights) as pair:
         child = os.fork()
         if child == 0:
-            os._exit(strategy(1, weights["float32 67"]) is not None)
+            os._exit(asks_the_workers(pair, 1, weight))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert strategy(1, weights["float32 67"]) is not None
+        assert asks_the_workers(pair, 1, weight)
 
 
 ORPHAN = """
 import time, numpy as np
 from llama_np.workers import Team
-team = Team([np.ones((8, 4), np.float32)], 2)
+team = Team([[np.ones((8, 4), np.float32)]], 2)
 print(team.workers[0].process.pid, flush=True)
 time.sleep(60)
 """
