@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import LINUX
 
-from llama_np import KVCache, generate, linear, load, logits, threads, workers
+from llama_np import KVCache, generate, linear, load, logits, tasks, threads, workers
 from llama_np.linear import SHARED
 from llama_np.model import hidden_states
 from llama_np.precision import to_bf16
+from llama_np.tasks import MOST_ROWS
 from llama_np.threads import blas_threads
-from llama_np.workers import MOST_ROWS, Team, share_products
+from llama_np.workers import Team, share_products
 
 pytestmark = LINUX  # elsewhere no process is forked
 
@@ -83,12 +84,12 @@ def shared(weights: dict[str, np.ndarray], request: pytest.FixtureRequest) -> It
     """A team of so many processes, as if BLAS had these kernels."""
     processes, avx512 = request.param
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear, workers):
+        for module in (linear, tasks):
             patch.setattr(module, "avx512_kernels", lambda: avx512)
-        workers._local.cache_clear()
+        tasks.local_product.cache_clear()
         with team(weights, processes):
             yield
-    workers._local.cache_clear()
+    tasks.local_product.cache_clear()
 
 
 @given(st.integers(0, MOST_ROWS + 2), st.sampled_from(list(matrices())))
@@ -107,16 +108,108 @@ def test_shared_products_equal_products_of_one_process(
     np.testing.assert_allclose(product, alone, atol=tolerance)
 
 
+@contextmanager
+def three_processes() -> Iterator[tuple[Team, list[np.ndarray], np.ndarray]]:
+    """A team, the three weights of its first job, and the weight of its second one."""
+    random = np.random.default_rng(1)
+    sizes = [(67, 40), (1, 40), (20, 40), (30, 16)]
+    *job, other = [random.standard_normal(size).astype(np.float32) for size in sizes]
+    team = Team([job, [other]], 3)
+    try:
+        yield team, job, other
+    finally:
+        team.close()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), min_size=1, max_size=6))
+@settings(max_examples=30)
+def test_weights_of_one_job_may_be_asked_for_in_any_order_with_any_rows(
+    requests: list[tuple[bool, int]],
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
+    with three_processes() as (_, job, _):
+        for change, number in requests:
+            if change:
+                rows[0, 0] += 1  # the same array, but other numbers
+            expected = rows @ job[number].T
+            # sums of 40 products of order 1 to 7; only their order differs
+            np.testing.assert_allclose(linear.linear(rows, job[number]), expected, atol=1e-4)
+
+
+def test_a_job_is_computed_once_for_all_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(40, dtype=np.float32)[None]
+    with three_processes() as (pair, job, other):
+        assert asks_the_workers(pair, 1, other)
+        linear.linear(rows, job[1])
+        monkeypatch.setattr(pair, "_collect", None)  # would fail if it were called
+        for weight in (job[2], job[0]):
+            product = linear.linear(rows.copy(), weight)
+            # 40 products of up to 100; float32 keeps 24 bits of their sum
+            np.testing.assert_allclose(product, rows @ weight.T, rtol=1e-5, atol=1e-3)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(2, 4), st.integers(1, 2))
+def test_every_row_of_every_weight_is_one_processs_task(
+    heights: list[int], processes: int, M: int
+) -> None:
+    job = [np.zeros((height, 3), np.float32) for height in heights]
+    board = tasks.Board([job])
+    taken = [np.zeros(height, int) for height in heights]
+    for number in range(processes):
+        cuts = tasks.Desk(board, [job], number, processes).cuts(job, M)
+        for count, cut in zip(taken, cuts, strict=True):
+            if cut.start < cut.stop:
+                count[cut] += 1
+    assert all((count == 1).all() for count in taken)
+
+
+def test_a_process_reads_ahead_in_the_order_of_the_last_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = ((300, 40), (2, 8), (500, 40))  # 750, 1 and 1,250 lines of 64 bytes
+    jobs = [[np.zeros(size, np.float32)] for size in sizes]
+    desk = tasks.Desk(tasks.Board(jobs), jobs, 0, 1)
+    ahead = tasks.ReadAhead()
+    assert list(ahead.steps) == []
+    first, second, third = (desk.task(number, 1, 4) for number in range(3))
+    for task in (first, second, third):
+        ahead.is_done(task)
+        assert list(ahead.steps) == []  # nobody knows yet what comes next
+    monkeypatch.setattr(tasks, "LINES_AT_ONCE", 500)
+    monkeypatch.setattr(tasks, "READ_AHEAD", 64 * 1000)
+    ahead.is_done(first)  # the next token begins
+    assert len(list(ahead.steps)) == 3  # the second's line, and 999 of the third's
+    ahead.is_done(second)
+    assert len(list(ahead.steps)) == 2  # 1,000 of the third weight's 1,250 lines
+    ahead.is_done(third)
+    assert len(list(ahead.steps)) == 4  # 750 of the first's, 1, and 250 of the third's
+
+
+def test_the_weights_of_a_layer_that_meet_the_same_rows_are_one_job() -> None:
+    _, weights = load("fairytales")
+    names = {id(w): name for name, w in weights["model.layers.1"].items()}
+    found = [[names[id(w)] for w in job] for job in workers._jobs(weights) if id(job[0]) in names]
+    attention, mlp = (
+        [f"{module}_proj.weight" for module in modules.split()]
+        for modules in ("self_attn.q self_attn.k self_attn.v", "mlp.gate mlp.up")
+    )
+    single = [["self_attn.o_proj.weight"], ["mlp.down_proj.weight"]]
+    assert sorted(found) == sorted([attention, mlp, *single])
+    every = [id(w) for job in workers._jobs(weights) for w in job]
+    assert len(every) == len(set(every))
+    assert {id(weights["lm_head.weight"]), id(weights["model.embed_tokens.weight"])} <= set(every)
+
+
 def test_the_workers_really_take_part(weights: dict[str, np.ndarray]) -> None:
     weight = weights["float32 130"]
     rows = np.ones((1, 64), np.float32)
     with team(weights) as pair:
         expected = linear.linear(rows, weight)
         number = pair.job_of[id(weight)]
-        ((cut, _),) = pair.workers[0].desk.pieces[number]
-        (board,) = pair.desk.task(number, 1, 4).products.values()
+        ((_, board),) = pair.desk.task(number, 1, 4).products
         np.testing.assert_array_equal(board, expected)
-        assert board[:, cut].any() and cut == slice(65, 130)
+        (cut,) = pair.workers[0].desk.cuts([weight], 1)
+        assert board[:, cut].any() and cut == slice(58, 130)
 
 
 def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> None:
@@ -146,7 +239,7 @@ def test_with_avx512_float_weights_are_shared_for_as_many_rows_as_bfloat16_ones(
 ) -> None:
     counts = (0, 1, 5, 6, MOST_ROWS, MOST_ROWS + 1)
     for avx512, most in ((False, 5), (True, MOST_ROWS)):
-        monkeypatch.setattr(workers, "avx512_kernels", lambda avx512=avx512: avx512)
+        monkeypatch.setattr(tasks, "avx512_kernels", lambda avx512=avx512: avx512)
         with team(weights) as pair:
             for M in counts:
                 assert asks_the_workers(pair, M, weights["float32 130"]) == (1 <= M <= most)
@@ -193,7 +286,7 @@ def test_ctrl_c_leaves_the_workers_ready(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(workers._Task, "do", interrupted)
+            patch.setattr(tasks.Task, "do", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 linear.linear(rows * 2, weight)
         assert pair.workers[0].process.is_alive() and id(weight) in SHARED

@@ -1,0 +1,166 @@
+"""What each process does when products are shared: its task for a job, and what it does before.
+
+A job is a list of weights that are multiplied with the same rows. Every process has the same
+rows of these weights each time. Numbers travel over a board of shared memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+
+from llama_np.linear import (
+    Product,
+    float_strategy,
+    times,
+    times_bf16,
+    times_few,
+    times_one,
+    times_unpacked,
+)
+from llama_np.precision import is_bf16
+from llama_np.threads import avx512_kernels
+
+MOST_ROWS = 32  # of x for which sharing pays; BLAS's own threads do as well for more
+MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (times_unpacked)
+FIRST_SHARE = 0.8  # of float weights for one row, in parts of a worker's share
+
+READ_AHEAD = 4 << 20  # bytes of weights that a waiting process reads: they fit into its caches
+LINE = 64  # bytes that the processor reads from memory at once
+LINES_AT_ONCE = 1024  # lines read between two looks for work: about 3 us
+
+Job = list[np.ndarray]
+
+
+def most_rows(job: Job) -> int:
+    """How many rows of x pay for sharing the products with these weights."""
+    return MOST_ROWS if avx512_kernels() or all(map(is_bf16, job)) else MOST_FLOAT_ROWS
+
+
+@cache
+def local_product(row_count: int, bf16: bool) -> Product:
+    """The fastest product for one process whose BLAS has one thread."""
+    if bf16:
+        wide = times if row_count == 1 else local_product(row_count, False)
+        return partial(times_bf16, times_wide=wide)
+    if row_count == 1:
+        return times_one
+    if avx512_kernels():
+        return times_unpacked
+    return times_few if row_count <= MOST_FLOAT_ROWS else float_strategy(row_count)
+
+
+class Board:
+    """Memory that all processes see: which job, the rows, and the products."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        rows, product = (8 * MOST_ROWS * max(map(size, jobs)) for size in (_width, _height))
+        self.rows_start, self.product_start = 64, 64 + rows  # after three integers
+        self.memory = mmap.mmap(-1, 64 + rows + product)
+        self.job = memoryview(self.memory)[:24].cast("q")  # faster than an array for single numbers
+
+    def put_up(self, number: int, M: int, itemsize: int) -> None:
+        """Say what is to be multiplied: which job, how many rows, bytes of a number."""
+        self.job[0], self.job[1], self.job[2] = number, M, itemsize
+
+    def rows(self, M: int, width: int, itemsize: int) -> np.ndarray:
+        """Where the rows stand: (M, width)."""
+        found = np.frombuffer(self.memory, f"f{itemsize}", M * width, self.rows_start)
+        return found.reshape(M, width)
+
+    def product(self, M: int, first: int, columns: int, itemsize: int) -> np.ndarray:
+        """Where the product stands with a weight before which the job has `first` columns."""
+        start = self.product_start + M * first * itemsize
+        return np.frombuffer(self.memory, f"f{itemsize}", M * columns, start).reshape(M, columns)
+
+
+def _width(job: Job) -> int:
+    return job[0].shape[1]
+
+
+def _height(job: Job) -> int:
+    return sum(map(len, job))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What one process does for a job, prepared: its products, and where everything stands."""
+
+    rows: np.ndarray
+    products: list[tuple[int, np.ndarray]]  # of all processes, with id(weight)
+    steps: list[tuple[Product, np.ndarray, np.ndarray]]  # own: how, weights, product
+
+    def do(self) -> None:
+        """Multiply the rows with this process's share of the weights."""
+        for multiply, weights, product in self.steps:
+            product[...] = multiply(self.rows, weights)
+
+
+class Desk:
+    """One process's place at the board, where it finds its tasks."""
+
+    def __init__(self, board: Board, jobs: list[Job], number: int, processes: int) -> None:
+        self.board, self.jobs, self.number, self.processes = board, jobs, number, processes
+        self.task = cache(self._task)  # making arrays takes longer than finding them
+
+    def _task(self, number: int, M: int, itemsize: int) -> Task:
+        job, first = self.jobs[number], 0
+        products, steps = [], []
+        for weight, cut in zip(job, self.cuts(job, M), strict=True):
+            product = self.board.product(M, first, len(weight), itemsize)
+            products.append((id(weight), product))
+            if cut.start < cut.stop:
+                steps.append((local_product(M, is_bf16(weight)), weight[cut], product[:, cut]))
+            first += len(weight)
+        return Task(self.board.rows(M, _width(job), itemsize), products, steps)
+
+    def cuts(self, job: Job, M: int) -> list[slice]:
+        """This process's rows of every weight: its share of all rows of the job.
+
+        The first process, which computes all else, has a smaller share where memory is the limit,
+        as the others read ahead in the meantime.
+        """
+        shares = np.ones(self.processes)
+        if M == 1 and not is_bf16(job[0]):
+            shares[0] = FIRST_SHARE
+        ends = np.rint(np.cumsum([0, *shares]) / shares.sum() * _height(job)).astype(int)
+        begin, end = ends[self.number : self.number + 2].tolist()
+        firsts = np.cumsum([0, *map(len, job[:-1])]).tolist()
+        return [
+            slice(max(begin - first, 0), min(end - first, len(weight)))
+            for first, weight in zip(firsts, job, strict=True)
+        ]
+
+
+class ReadAhead:
+    """Reads what a process will need next, so that it lies in the caches when it is asked for.
+
+    Tasks come in the same order for every token, which is learned from the last one.
+    """
+
+    def __init__(self) -> None:
+        self.last: Task | None = None
+        self.next_of: dict[Task | None, Task] = {}
+        self.steps: Iterator[None] = iter(())
+
+    def is_done(self, task: Task) -> None:
+        """Say what was done last; from now on, each of the `steps` reads a little."""
+        self.next_of[self.last], self.last = task, task
+        self.steps = self._read()
+
+    def _read(self) -> Iterator[None]:
+        task, left = self.next_of.get(self.last), READ_AHEAD // LINE
+        while task is not None and left > 0:
+            for _, weights, _ in task.steps:
+                if not weights.flags.c_contiguous:
+                    continue  # to flatten it would mean to copy it
+                lines = weights.reshape(-1).view(np.uint8)[::LINE]  # one byte of each
+                for start in range(0, min(len(lines), left), LINES_AT_ONCE):
+                    np.maximum.reduce(lines[start : start + LINES_AT_ONCE])
+                    yield
+                left -= len(lines)
+            task = self.next_of.get(task)
