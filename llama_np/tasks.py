@@ -14,8 +14,9 @@ from functools import cache, partial
 import numpy as np
 
 from llama_np.linear import (
+    FEW,
     Product,
-    float_strategy,
+    cached_strategy,
     times,
     times_bf16,
     times_few,
@@ -45,13 +46,19 @@ def most_rows(job: Job) -> int:
 def local_product(row_count: int, bf16: bool) -> Product:
     """The fastest product for one process whose BLAS has one thread."""
     if bf16:
-        wide = times if row_count == 1 else local_product(row_count, False)
-        return partial(times_bf16, times_wide=wide)
+        return partial(times_bf16, times_wide=_cached_product(row_count))
     if row_count == 1:
         return times_one
+    return times_few if row_count in FEW else _cached_product(row_count)
+
+
+def _cached_product(row_count: int) -> Product:
+    """The same for weights that lie in the cache."""
+    if row_count == 1:
+        return times
     if avx512_kernels():
         return times_unpacked
-    return times_few if row_count <= MOST_FLOAT_ROWS else float_strategy(row_count)
+    return times_few if row_count <= MOST_FLOAT_ROWS else cached_strategy(row_count)
 
 
 class Board:

@@ -231,6 +231,7 @@ FUNCTIONS: dict[str, Case] = {
 # Functions of whole numbers, truth values and Python floats, tested below or elsewhere.
 NOT_ABOUT_FLOATS = {
     "cache.undone_on_error",
+    "linear.cached_strategy",
     "linear.float_strategy",
     "linear.strategy",
     "model.causal",
