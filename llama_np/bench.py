@@ -32,6 +32,7 @@ from llama_np.errors import require
 from llama_np.generate import activation_dtype, prefill
 from llama_np.model import ModelWeights, hidden_states, logits
 from llama_np.precision import to_bf16
+from llama_np.tap import stopwatch
 from llama_np.threads import blas_name
 from llama_np.workers import share_products
 
@@ -65,6 +66,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 DECODE_STEPS = 24
+
+# Where a step's time goes, by the last part of the names of arrays.
+PARTS = {
+    "products": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head",
+    "attention": "scores weights context",
+    "rotation": "q_rot k_rot cos sin",
+    "norms": "input_layernorm post_attention_layernorm norm",
+    "activation": "act_fn hidden",
+}
+PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,29 @@ def decode_seconds(config: Config, weights: ModelWeights, batch: int, context: i
     return statistics.median(durations[2:])
 
 
+def profile(config: Config, weights: ModelWeights, batch: int, context: int) -> dict[str, float]:
+    """Seconds of one decoding step by part: the mean of several steps.
+
+    Weights that are multiplied together by worker processes count under the first one's name.
+    "rest" are the embedding, the sums of the residual stream, and what lies between the layers.
+    """
+    random = np.random.default_rng(2)
+    cache = KVCache(config, batch, dtype=activation_dtype(weights))
+    rows = random.integers(0, config.vocab_size, (batch, context)).tolist()
+    tokens = prefill(rows, weights, config, cache).argmax(axis=-1)[:, None]
+    spent = dict.fromkeys([*PARTS, "rest"], 0.0)
+    for step in range(DECODE_STEPS):
+        by_name: dict[str, float] = {}
+        tap = stopwatch(by_name)
+        tokens = logits(hidden_states(tokens, weights, config, cache, tap=tap), weights, tap)
+        tokens = tokens.argmax(axis=-1)
+        if step >= 2:
+            for name, seconds in by_name.items():
+                part = PART_OF.get(name.rpartition(".")[2], "rest")
+                spent[part] += seconds / (DECODE_STEPS - 2)
+    return spent
+
+
 def bench(
     model: str,
     dtype: str,
@@ -208,11 +242,13 @@ def bench(
     context: int,
     compare: str | None = None,
     processes: int | None = None,
+    with_profile: bool = False,
 ) -> dict[str, Any]:
     """Everything that `llama-np bench` reports. `model` may be a shape such as "135M".
 
     compare: "transformers" measures the same workloads with that library, if it is installed.
     processes: how many share the products (`workers.share_products`).
+    with_profile: say where the time of a decoding step goes.
     """
     ceilings = measure_ceilings()  # first, so that its arrays do not add to the model's memory
     start = time.perf_counter()
@@ -228,6 +264,7 @@ def bench(
         found = measure(config, weights, batches, prompts, context, ceilings)
         own = peak_memory()
         peak = None if own is None else own + sum(map(private_memory, active_children()))
+        parts = [profile(config, weights, b, context) for b in batches if with_profile]
     report: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
@@ -239,6 +276,8 @@ def bench(
         "peak_memory_bytes": peak,
         "measurements": [asdict(m) for m in found],
     }
+    if with_profile:
+        report["profile"] = dict(zip(batches, parts, strict=True))
     if compare is not None:
         report[compare] = compare_transformers(config, dtype, batches, prompts, context)
     return report
@@ -370,6 +409,10 @@ def table(report: dict[str, Any]) -> str:
         if peer:
             cells += f" {speed / peer[row['workload'], row['batch'], row['tokens']]:.2f}x |"
         lines.append(cells)
+    for batch, spent in report.get("profile", {}).items():
+        total = sum(spent.values())
+        shares = ", ".join(f"{part} {s / total:.0%}" for part, s in spent.items())
+        lines.append(f"\na step for {batch}, {total * 1e3:.1f} ms: {shares}")
     return "\n".join(lines)
 
 

@@ -715,6 +715,7 @@ def _add_bench(commands: Any) -> None:
     add("--prompt-tokens", **many, default=[128], help="lengths of prompts (default: 128)")
     add("--context", type=whole(1), default=128, help="tokens before decoding (default: 128)")
     add("--compare", choices=["transformers"], help="measure this library, too")
+    add("--profile", action="store_true", help="say where the time of a decoding step goes")
     add("--plot", metavar="FILE.png", help="draw the roofline")
     add("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_bench)
@@ -734,6 +735,7 @@ def run_bench(args: argparse.Namespace) -> int:
         args.context,
         args.compare,
         args.threads,
+        args.profile,
     )
     if args.plot:
         plot(report, args.plot)

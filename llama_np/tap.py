@@ -1,11 +1,13 @@
 """Taps: functions that look at (and may change) the named arrays of a forward pass.
 
 Layers say `x = tap("self_attn.q_proj", x)` wherever an eager framework would hand you a tensor.
-With `NO_TAP` nothing happens. Recording, rounding to bf16, replacing and counting are all taps.
+With `NO_TAP` nothing happens. Recording, rounding to bf16, replacing, counting and timing are all
+taps.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 
 import numpy as np
@@ -41,6 +43,23 @@ def each(function: Callable[[np.ndarray], np.ndarray]) -> Tap:
 def replace(arrays: Mapping[str, np.ndarray]) -> Tap:
     """Put the given arrays in the place of the computed ones (ablation, activation patching)."""
     return arrays.get
+
+
+def stopwatch(spent: MutableMapping[str, float]) -> Tap:
+    """Add to `spent` the seconds from each named array to the next, under the latter's name.
+
+    The first array's seconds begin when the tap is made. Names come more than once: in every
+    forward pass, and where two modules name the same array.
+    """
+    last = time.perf_counter()
+
+    def tap(name: str, array: np.ndarray) -> np.ndarray:
+        nonlocal last
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - last
+        last = time.perf_counter()
+        return array
+
+    return tap
 
 
 def chain(*taps: Tap) -> Tap:

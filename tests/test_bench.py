@@ -8,6 +8,8 @@ import pytest
 
 from llama_np import hidden_states, load, logits
 from llama_np.bench import (
+    PART_OF,
+    PARTS,
     SHAPES,
     Ceilings,
     measure,
@@ -18,6 +20,7 @@ from llama_np.bench import (
 )
 from llama_np.checkpoint import expected_shapes
 from llama_np.cli import main
+from llama_np.tap import record
 
 
 def test_a_step_reads_every_weight_once_and_a_tied_table_as_the_head() -> None:
@@ -53,14 +56,30 @@ def test_random_models_of_known_shapes_run(dtype: str, monkeypatch: pytest.Monke
     assert all(m.tokens_per_second > 0 and m.share_of_limit > 0 for m in found)
 
 
+def test_every_array_of_a_layer_but_the_sums_belongs_to_a_part() -> None:
+    config, weights = load("fairytales")
+    trace: dict[str, np.ndarray] = {}
+    hidden = hidden_states(np.array([[1, 2]]), weights, config, tap=record(trace))
+    logits(hidden, weights, tap=record(trace))
+    last = {name.rpartition(".")[2] for name in trace}
+    layers = {str(i) for i in range(config.num_hidden_layers)}
+    # the last two are other names of o_proj and down_proj
+    assert last - set(PART_OF) == {*layers, "embed_tokens", "middle", "self_attn", "mlp"}
+    assert set(PART_OF) <= last
+
+
 def test_the_command_prints_a_table_a_json_object_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["bench", "--batch", "1", "2", "--prompt-tokens", "8", "--context", "4"]
+    options = "bench --batch 1 2 --prompt-tokens 8 --context 4 --profile".split()
     assert main([*options, "--json", "--plot", str(tmp_path / "roof.png")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {row["workload"] for row in report["measurements"]} == {"prefill", "decode"}
     assert report["peak_memory_bytes"] > 1e7
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    for batch in ("1", "2"):
+        assert set(report["profile"][batch]) == {*PARTS, "rest"}
+        assert min(report["profile"][batch].values()) > 0
     text = table(report | {"transformers": report["measurements"]})
+    assert "a step for 2, " in text
     assert text.count("1.00x") == 3

@@ -10,7 +10,7 @@ from models import B, T, random_tokens, random_weights, tiny_model
 
 from llama_np import hidden_states, logits
 from llama_np.precision import round_bf16, round_f16
-from llama_np.tap import NO_TAP, Tap, chain, each, record, replace, within
+from llama_np.tap import NO_TAP, Tap, chain, each, record, replace, stopwatch, within
 
 CONFIG, WEIGHTS = tiny_model()
 TOKENS = random_tokens(CONFIG)
@@ -34,6 +34,24 @@ def test_record_keeps_only_the_wanted_names() -> None:
     trace: dict[str, np.ndarray] = {}
     run(record(trace, ["lm_head", "model.layers.1.mlp", "no such name"]))
     assert trace.keys() == {"lm_head", "model.layers.1.mlp"}
+
+
+def test_a_stopwatch_says_for_every_name_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 11.0, 11.5, 13.5, 13.5, 17.5, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    spent: dict[str, float] = {}
+    tap = stopwatch(spent)  # at 10
+    array = np.ones(3)
+    for name in ("a", "b", "a"):  # at 11, 13.5 and 17.5; it goes on at 11.5, 13.5 and 20
+        assert tap(name, array) is array
+    assert spent == {"a": 1.0 + 4.0, "b": 2.0}
+
+
+def test_a_stopwatch_knows_every_name() -> None:
+    spent: dict[str, float] = {}
+    np.testing.assert_array_equal(run(stopwatch(spent)), run())
+    assert spent.keys() == recorded().keys()
+    assert min(spent.values()) > 0
 
 
 def test_recorded_arrays_are_not_changed_by_later_layers_or_runs() -> None:
