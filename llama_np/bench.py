@@ -30,8 +30,9 @@ from llama_np.checkpoint import expected_shapes, group_by_layer, load
 from llama_np.config import Config, config_from_dict, config_to_dict
 from llama_np.errors import require
 from llama_np.generate import activation_dtype, prefill
+from llama_np.memory import empty_in_one_block
 from llama_np.model import ModelWeights, hidden_states, logits
-from llama_np.precision import to_bf16
+from llama_np.precision import is_bf16, to_bf16
 from llama_np.tap import stopwatch
 from llama_np.threads import blas_name
 from llama_np.workers import share_products
@@ -119,18 +120,23 @@ def measure_ceilings() -> Ceilings:
 
 
 def random_model(shape: str, dtype: str) -> tuple[Config, dict[str, Any]]:
-    """A model of a well-known shape with random weights."""
+    """A model of a well-known shape with random weights.
+
+    They lie in one block of memory, as those of a checkpoint do. Of bfloat16 only matrices rest in
+    two bytes.
+    """
     sizes = {"max_position_embeddings": 8192, **SHAPES[shape]}
     config = config_from_dict(sizes)
+    shapes = expected_shapes(config)
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
     random = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {}
-    for name, size in expected_shapes(config).items():
-        array = random.standard_normal(size, np.float32) * np.float32(0.02)
-        matrix = len(size) == 2
-        if dtype == "bfloat16":
-            arrays[name] = to_bf16(array) if matrix else 1 + array
-        else:
-            arrays[name] = (array if matrix else 1 + array).astype(dtype)
+    kinds = {2: "u2", 1: "f4"} if dtype == "bfloat16" else {2: dtype, 1: dtype}
+    arrays = empty_in_one_block({n: (s, np.dtype(kinds[len(s)])) for n, s in shapes.items()})
+    for array in arrays.values():
+        numbers = random.standard_normal(array.shape, np.float32) * np.float32(0.02)
+        numbers += array.ndim == 1  # the weights of norms are about 1
+        array[...] = to_bf16(numbers) if is_bf16(array) else numbers
     if config.tie_word_embeddings:
         arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
     return config, group_by_layer(arrays, config)

