@@ -124,8 +124,10 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     add_thread_option(parser)
     parser.add_argument(
         "--no-mmap",
-        action="store_true",
-        help="read the weights into memory, not from a mapped file",
+        dest="mmap",
+        action="store_const",
+        const=False,
+        help="read the weights into memory, not from a mapped file (default: below 128 MiB)",
     )
 
 
@@ -253,7 +255,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UsageError("--prompt-lookup and --draft need a single prompt")
     if args.prompts is None and (args.output or args.scheduler):
         raise UsageError("--output and --scheduler need --prompts FILE")
-    if (args.output or args.scheduler) and (args.logprobs is not None or args.no_mmap):
+    if (args.output or args.scheduler) and (args.logprobs is not None or args.mmap is not None):
         raise UsageError("--output and --scheduler know no --logprobs and no --no-mmap")
     from llama_np.files import check_target
     from llama_np.workers import share_products
@@ -309,7 +311,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from llama_np.threads import limit_threads
 
     limit_threads(args.threads)
-    return load(args.model, args.dtype, mmap=not args.no_mmap)
+    return load(args.model, args.dtype, mmap=args.mmap)
 
 
 class Session:

@@ -76,7 +76,7 @@ def open_chat(args: argparse.Namespace) -> Chat:
     """The model, the tokenizer and an empty conversation, as the options say."""
     limit_threads(args.threads)
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty)
-    config, weights = load(args.model, args.dtype, mmap=not args.no_mmap)
+    config, weights = load(args.model, args.dtype, mmap=args.mmap)
     tokenizer = load_tokenizer(args.model)
     check_vocabulary(tokenizer, config.vocab_size)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -93,7 +93,7 @@ def open_draft(args: argparse.Namespace, config: Config) -> Draft | None:
         return PromptLookup(args.prompt_lookup)
     if args.draft is None:
         return None
-    smaller, weights = load(args.draft, args.dtype, mmap=not args.no_mmap)
+    smaller, weights = load(args.draft, args.dtype, mmap=args.mmap)
     if smaller.vocab_size != config.vocab_size:
         raise ValueError(
             f"--draft {args.draft!r} has a vocabulary of {smaller.vocab_size} tokens, the model "

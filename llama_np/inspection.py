@@ -12,6 +12,7 @@ from llama_np.checkpoint import (
     canonical_names,
     check_names_and_shapes,
     compute_dtype,
+    is_worth_mapping,
     locate,
     read_checkpoint,
     resident_bytes,
@@ -32,7 +33,8 @@ PARTS = {
 def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str, Any]:
     """Everything that `llama-np inspect` says, as plain data; no weight is read.
 
-    Bytes resident are what loading with `dtype` allocates; mapped weights take none.
+    Bytes resident are what loading with `dtype` allocates; weights that stay in the mapped file
+    take none.
     Errors: as `checkpoint.load`.
     """
     folder = locate(model)
@@ -40,6 +42,7 @@ def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str
     stored = canonical_names(in_file, config)
     check_names_and_shapes(stored, config, folder)
     parts: dict[str, int] = {}
+    mapped = is_worth_mapping(stored)
     unique = {id(tensor): (name, tensor) for name, tensor in reversed(stored.items())}
     for name, tensor in unique.values():
         part = next((label for key, label in PARTS.items() if key in name), "other")
@@ -53,7 +56,7 @@ def describe(model: str | os.PathLike[str], dtype: Any = np.float32) -> dict[str
         "bytes_on_disk": (
             sum(t.nbytes for t in in_file.values()) if folder.is_dir() else folder.stat().st_size
         ),
-        "bytes_resident": sum(resident_bytes(t, dtype) for _, t in unique.values()),
+        "bytes_resident": sum(resident_bytes(t, dtype, mapped) for _, t in unique.values()),
         "bytes_per_cached_token": cache_bytes_per_token(config, dtype),
         "dtypes": sorted({tensor.resting for tensor in stored.values()}),
         "shapes": {name: list(tensor.shape) for name, tensor in stored.items()},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from systems import POSIX
 
-from llama_np import hidden_states, load, load_tokenizer, logits
+from llama_np import checkpoint, hidden_states, load, load_tokenizer, logits
 from llama_np.checkpoint import (
     canonical_names,
     expected_shapes,
@@ -21,6 +21,7 @@ from llama_np.checkpoint import (
 )
 from llama_np.config import config_from_dict
 from llama_np.errors import CheckpointError
+from llama_np.inspection import describe
 from llama_np.precision import to_bf16
 from llama_np.weights import Stored, save_tensors
 
@@ -286,6 +287,22 @@ def test_mapped_or_read_the_numbers_are_the_same(tmp_path: Path) -> None:
     assert np.isfinite(weights["model.embed_tokens.weight"]).all()
 
 
+def test_small_files_are_read_and_large_ones_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    elements = sum(tensor.size for tensor in read_folder(folder).values())
+    with pytest.raises(MemoryError):
+        load(folder, max_bytes=4 * elements - 1)
+    _, weights = load(folder, max_bytes=4 * elements)
+    assert describe(folder)["bytes_resident"] == 4 * elements
+    monkeypatch.setattr(checkpoint, "MAPPED_FROM", 4 * elements)
+    load(folder, max_bytes=0)
+    assert describe(folder)["bytes_resident"] == 0
+    (folder / "model.safetensors").write_bytes(b"")  # a mapped file would be lost now
+    assert np.isfinite(weights["model.embed_tokens.weight"]).all()
+
+
 # Memory
 
 
@@ -309,7 +326,7 @@ def test_too_little_memory_is_told_with_the_estimate_before_it_is_taken(tmp_path
     load(folder, np.float64, max_bytes=8 * elements)
     with pytest.raises(MemoryError, match=r"GB of memory as float64, more than the limit"):
         load(folder, np.float64, max_bytes=8 * elements - 1)
-    load(folder, np.float32, max_bytes=0)  # mapped: nothing is allocated
+    load(folder, np.float32, max_bytes=0, mmap=True)  # nothing is allocated
     with pytest.raises(MemoryError):
         load(folder, np.float32, max_bytes=0, mmap=False)
 
