@@ -12,6 +12,8 @@ from llama_np.bench import (
     PARTS,
     SHAPES,
     Ceilings,
+    Measurement,
+    best_of,
     measure,
     prefill_operations,
     random_model,
@@ -47,13 +49,19 @@ def test_random_models_of_known_shapes_run(dtype: str, monkeypatch: pytest.Monke
     config, weights = random_model("15M", dtype)
     scores = logits(hidden_states(np.array([[1, 2, 3]]), weights, config), weights)
     assert scores.dtype == (np.float64 if dtype == "float64" else np.float32)
-    found = measure(config, weights, [1, 3], [5], 4, Ceilings(1e9, 1e9))
+    found = measure(config, weights, [1, 3], [5], 4)
     assert [(m.workload, m.batch, m.tokens) for m in found] == [
         ("prefill", 1, 5),
         ("decode", 1, 4),
         ("decode", 3, 4),
     ]
-    assert all(m.tokens_per_second > 0 and m.share_of_limit > 0 for m in found)
+    assert all(m.tokens_per_second > 0 and m.rate > 0 for m in found)
+
+
+def test_a_prompt_is_bound_by_arithmetic_and_decoding_by_memory() -> None:
+    ceilings = best_of(Ceilings(200.0, 30.0), Ceilings(100.0, 40.0))
+    assert Measurement("prefill", 1, 5, 1.0, 10.0).share_of_limit(ceilings) == 10 / 40
+    assert Measurement("decode", 2, 5, 1.0, 10.0).share_of_limit(ceilings) == 10 / 200
 
 
 def test_every_array_of_a_layer_but_the_sums_belongs_to_a_part() -> None:
