@@ -89,7 +89,7 @@ def times_few(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
     The first row's dot products read a block from memory, as fast as it delivers on one core; for
     the others, which find it in the cache, BLAS's matrix-vector product is faster. On the Zen 4
-    machine of the README 2 rows take 34 ms instead of 60, 3 rows 39 instead of 60.
+    machine of the README 2 rows take 35 ms instead of 55, 3 rows 40 instead of 55.
     """
     product = np.empty((len(rows), len(weight)), np.result_type(rows, weight))
     step = max(1, BLOCK_BYTES // (weight.shape[1] * weight.itemsize))

