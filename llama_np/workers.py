@@ -76,7 +76,8 @@ def _jobs(weights: Mapping[str, Any]) -> list[Job]:
         layer = value if isinstance(value, Mapping) else {"": value}
         groups = [[layer[name] for name in names if name in layer] for names in TOGETHER]
         for job in [*groups, *([array] for array in layer.values())]:
-            if all(w.ndim == 2 and id(w) not in jobs for w in job):
+            fits = all(w.ndim == 2 and id(w) not in jobs for w in job)
+            if fits and len({w.shape[1] for w in job}) == 1:
                 jobs.update((id(w), job) for w in job)
     return list({id(job): job for job in jobs.values()}.values())
 
@@ -100,7 +101,7 @@ class Team:
             _Worker(Desk(self.board, jobs, number, processes)) for number in range(1, processes)
         ]
         self.waiting_for: list[_Worker] = []
-        self.kept: tuple[bytes, dict[int, np.ndarray]] = b"", {}  # rows, and their products
+        self.kept: tuple[object, dict[int, np.ndarray]] = None, {}  # rows, and their products
         SHARED.update((key, self.times) for key in self.job_of)
         BLAS_LIMIT.set(True)
 
@@ -122,7 +123,7 @@ class Team:
         instead of 105 (135 million parameters).
         """
         given, products = self.kept
-        if id(weight) in products and rows.tobytes() == given:
+        if id(weight) in products and _content(rows) == given:
             kept = products.pop(id(weight), None)
             if kept is not None:  # another thread may have taken it
                 return kept
@@ -135,13 +136,13 @@ class Team:
             return local_product(M, is_bf16(weight))(rows, weight)
         try:
             return self._collect(rows, number).pop(id(weight))
-        except KeyboardInterrupt:
-            self._settle()
-            raise
         except _WorkerEnded:
             self.close()
             warnings.warn("a worker process has ended; going on with one process", stacklevel=2)
             return strategy(M, weight)(rows, weight)
+        except BaseException:
+            self._settle()
+            raise
         finally:
             self.one_at_a_time.release()
 
@@ -160,13 +161,18 @@ class Team:
                     raise _WorkerEnded
             self.waiting_for = self.workers[count:]
         products = {key: product.copy() for key, product in task.products}
-        self.kept = rows.tobytes(), products
+        self.kept = _content(rows), products
         return products
 
     def _settle(self) -> None:
-        """After Ctrl-C: let the workers finish their job, or end them."""
+        """After an error or Ctrl-C: let the workers finish their job, or end them."""
         if not all(_taken(worker.done) for worker in self.waiting_for):
             self.close()
+
+
+def _content(rows: np.ndarray) -> tuple[np.dtype, int, bytes]:
+    """What must be equal for two products with a weight to be equal."""
+    return rows.dtype, len(rows), rows.tobytes()
 
 
 class _WorkerEnded(Exception):

@@ -148,6 +148,15 @@ def test_a_job_is_computed_once_for_all_its_weights(monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(product, rows @ weight.T, rtol=1e-5, atol=1e-3)
 
 
+def test_zeros_of_another_kind_are_other_rows() -> None:
+    with three_processes() as (_, job, _):
+        linear.linear(np.zeros((2, 40), np.float32), job[0])
+        product = linear.linear(np.zeros((1, 40), np.float64), job[1])  # the same bytes
+        assert product.shape == (1, 1) and product.dtype == np.float64
+        product = linear.linear(np.zeros((2, 40), np.int32), job[2])
+        assert product.shape == (2, 20)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(2, 4), st.integers(1, 2))
 def test_every_row_of_every_weight_is_one_processs_task(
     heights: list[int], processes: int, M: int
@@ -274,8 +283,9 @@ def test_a_killed_worker_costs_a_warning_and_no_result(weights: dict[str, np.nda
         np.testing.assert_allclose(linear.linear(rows, weight), expected, atol=1e-5)
 
 
-def test_ctrl_c_leaves_the_workers_ready(
-    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_ctrl_c_and_errors_leave_the_workers_ready(
+    error: type[BaseException], weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = weights["float32 130"]
     rows = np.arange(64, dtype=np.float32)[None]
@@ -283,11 +293,11 @@ def test_ctrl_c_leaves_the_workers_ready(
         expected = linear.linear(rows, weight)
 
         def interrupted(*arguments: object) -> None:
-            raise KeyboardInterrupt
+            raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(tasks.Task, "do", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(error):
                 linear.linear(rows * 2, weight)
         assert pair.workers[0].process.is_alive() and id(weight) in SHARED
         np.testing.assert_array_equal(linear.linear(rows, weight), expected)
