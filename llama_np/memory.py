@@ -12,8 +12,7 @@ import numpy as np
 Key = TypeVar("Key")
 
 KEPT_BYTES = 31 << 20  # glibc adapts to freed blocks of up to 32 MiB (mallopt(3))
-CACHE_LINE = 32  # numbers of 16 bits
-ALIGNMENT = 2 * CACHE_LINE  # bytes
+LINE = 64  # bytes that the processor reads from memory at once
 
 
 def keep_freed_memory() -> None:
@@ -41,7 +40,7 @@ def empty_in_one_block(
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in kinds.items()}
     starts, end = {}, 0
     for key, size in sizes.items():
-        starts[key], end = end, end + -(-size // ALIGNMENT) * ALIGNMENT
+        starts[key], end = end, end + -(-size // LINE) * LINE
     block = np.empty(end, np.uint8)
     return {
         key: block[starts[key] : starts[key] + sizes[key]].view(dtype).reshape(shape)
@@ -68,5 +67,5 @@ class Scratch(threading.local):
         if self.start + count > len(self.room):
             self.start = 0
         piece = self.room[self.start : self.start + count]
-        self.start += -(-count // CACHE_LINE) * CACHE_LINE
+        self.start += -(-2 * count // LINE) * (LINE // 2)
         return piece

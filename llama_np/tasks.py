@@ -23,6 +23,7 @@ from llama_np.linear import (
     times_one,
     times_unpacked,
 )
+from llama_np.memory import LINE
 from llama_np.precision import is_bf16
 from llama_np.threads import avx512_kernels
 
@@ -31,7 +32,6 @@ MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (
 FIRST_SHARE = 0.8  # of float weights for one row, in parts of a worker's share
 
 READ_AHEAD = 4 << 20  # bytes of weights that a waiting process reads: they fit into its caches
-LINE = 64  # bytes that the processor reads from memory at once
 LINES_AT_ONCE = 1024  # lines read between two looks for work: about 3 us
 
 Job = list[np.ndarray]

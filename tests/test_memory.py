@@ -8,7 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from llama_np.memory import CACHE_LINE, Scratch, empty_in_one_block
+from llama_np.memory import LINE, Scratch, empty_in_one_block
+
+CACHE_LINE = LINE // 2  # numbers of 16 bits
 
 COUNT_FAULTS = """
 import resource
