@@ -29,7 +29,6 @@ from llama_np.threads import avx512_kernels
 
 MOST_ROWS = 32  # of x for which sharing pays; BLAS's own threads do as well for more
 MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (times_unpacked)
-FIRST_SHARE = 0.8  # of float weights for one row, in parts of a worker's share
 
 READ_AHEAD = 4 << 20  # bytes of weights that a waiting process reads: they fit into its caches
 LINES_AT_ONCE = 1024  # lines read between two looks for work: about 3 us
@@ -117,7 +116,7 @@ class Desk:
     def _task(self, number: int, M: int, itemsize: int) -> Task:
         job, first = self.jobs[number], 0
         products, steps = [], []
-        for weight, cut in zip(job, self.cuts(job, M), strict=True):
+        for weight, cut in zip(job, self.cuts(job), strict=True):
             product = self.board.product(M, first, len(weight), itemsize)
             products.append((id(weight), product))
             if cut.start < cut.stop:
@@ -125,22 +124,15 @@ class Desk:
             first += len(weight)
         return Task(self.board.rows(M, _width(job), itemsize), products, steps)
 
-    def cuts(self, job: Job, M: int) -> list[slice]:
-        """This process's rows of every weight: its share of all rows of the job.
-
-        The first process, which computes all else, has a smaller share where memory is the limit,
-        as the others read ahead in the meantime.
-        """
-        shares = np.ones(self.processes)
-        if M == 1 and not is_bf16(job[0]):
-            shares[0] = FIRST_SHARE
-        ends = np.rint(np.cumsum([0, *shares]) / shares.sum() * _height(job)).astype(int)
-        begin, end = ends[self.number : self.number + 2].tolist()
-        firsts = np.cumsum([0, *map(len, job[:-1])]).tolist()
-        return [
-            slice(max(begin - first, 0), min(end - first, len(weight)))
-            for first, weight in zip(firsts, job, strict=True)
-        ]
+    def cuts(self, job: Job) -> list[slice]:
+        """This process's rows of every weight: an equal share of all rows of the job."""
+        total = _height(job)
+        begin, end = (total * n // self.processes for n in (self.number, self.number + 1))
+        cuts, first = [], 0
+        for weight in job:
+            cuts.append(slice(max(begin - first, 0), min(end - first, len(weight))))
+            first += len(weight)
+        return cuts
 
 
 class ReadAhead:

@@ -157,15 +157,13 @@ def test_zeros_of_another_kind_are_other_rows() -> None:
         assert product.shape == (2, 20)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(2, 4), st.integers(1, 2))
-def test_every_row_of_every_weight_is_one_processs_task(
-    heights: list[int], processes: int, M: int
-) -> None:
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(2, 4))
+def test_every_row_of_every_weight_is_one_processs_task(heights: list[int], processes: int) -> None:
     job = [np.zeros((height, 3), np.float32) for height in heights]
     board = tasks.Board([job])
     taken = [np.zeros(height, int) for height in heights]
     for number in range(processes):
-        cuts = tasks.Desk(board, [job], number, processes).cuts(job, M)
+        cuts = tasks.Desk(board, [job], number, processes).cuts(job)
         for count, cut in zip(taken, cuts, strict=True):
             if cut.start < cut.stop:
                 count[cut] += 1
@@ -217,8 +215,8 @@ def test_the_workers_really_take_part(weights: dict[str, np.ndarray]) -> None:
         number = pair.job_of[id(weight)]
         ((_, board),) = pair.desk.task(number, 1, 4).products
         np.testing.assert_array_equal(board, expected)
-        (cut,) = pair.workers[0].desk.cuts([weight], 1)
-        assert board[:, cut].any() and cut == slice(58, 130)
+        (cut,) = pair.workers[0].desk.cuts([weight])
+        assert board[:, cut].any() and cut == slice(65, 130)
 
 
 def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> None:
