@@ -155,11 +155,10 @@ class ReadAhead:
         task, left = self.next_of.get(self.last), READ_AHEAD // LINE
         while task is not None and left > 0:
             for _, weights, _ in task.steps:
-                if not weights.flags.c_contiguous:
-                    continue  # to flatten it would mean to copy it
-                lines = weights.reshape(-1).view(np.uint8)[::LINE]  # one byte of each
-                for start in range(0, min(len(lines), left), LINES_AT_ONCE):
-                    np.maximum.reduce(lines[start : start + LINES_AT_ONCE])
-                    yield
-                left -= len(lines)
+                if weights.flags.c_contiguous:  # to flatten others would mean to copy them
+                    lines = weights.reshape(-1).view(np.uint8)[::LINE]  # one byte of each
+                    for start in range(0, min(len(lines), left), LINES_AT_ONCE):
+                        np.maximum.reduce(lines[start : start + LINES_AT_ONCE])
+                        yield
+                left -= -(-weights.nbytes // LINE)
             task = self.next_of.get(task)

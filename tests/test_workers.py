@@ -192,6 +192,19 @@ def test_a_process_reads_ahead_in_the_order_of_the_last_token(
     assert len(list(ahead.steps)) == 4  # 750 of the first's, 1, and 250 of the third's
 
 
+def test_weights_that_lie_column_by_column_are_multiplied_but_not_read_ahead() -> None:
+    weight = np.asfortranarray(np.arange(1200, dtype=np.float32).reshape(30, 40))
+    rows = np.ones((1, 40), np.float32)
+    with team({"only": weight}) as pair:
+        for _ in range(3):  # a worker that never stopped to skip them would not answer
+            # sums of 40 whole numbers below 2^24 are exact
+            np.testing.assert_array_equal(linear.linear(rows, weight), rows @ weight.T)
+        ahead, task = tasks.ReadAhead(), pair.desk.task(0, 1, 4)
+        for _ in range(2):
+            ahead.is_done(task)
+        assert list(ahead.steps) == []
+
+
 def test_the_weights_of_a_layer_that_meet_the_same_rows_are_one_job() -> None:
     _, weights = load("fairytales")
     names = {id(w): name for name, w in weights["model.layers.1"].items()}
