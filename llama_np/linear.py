@@ -14,17 +14,19 @@ import numpy as np
 
 from llama_np.memory import Scratch
 from llama_np.precision import is_bf16, widen_bf16
-from llama_np.threads import avx512_kernels
+from llama_np.threads import BLAS_LIMIT, avx512_kernels
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # The products in which worker processes take part (workers.py), by id(weight).
 SHARED: dict[int, Product] = {}
 
-FEW = (2, 3)  # rows that are faster one by one than by BLAS's matrix-matrix product
+FEW = range(2, 4)  # rows that are faster one by one than by BLAS's matrix-matrix product
+FEW_ALONE = range(2, 6)  # the same where BLAS has one thread
 TILE = 8  # rows that BLAS's matrix-matrix product takes at once
 MANY = 192  # rows that make up for the copies that BLAS makes of the weights
 SMALL = 950_000  # multiplications; OpenBLAS calls a product small up to 10^6 of them
+FEWEST_UNPACKED = 8  # rows of weights for which a small product pays
 SMALL_TRANSPOSED = 1200  # numbers in a product that OpenBLAS calls small if b is transposed
 FEW_QUERIES = 64  # rows of attention; for more a copy of the keys pays
 BLOCK_BYTES = 1 << 19  # of weights; a block stays in the second-level cache between two uses
@@ -46,22 +48,25 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
 
 
 def strategy(row_count: int, weight: np.ndarray) -> Product:
-    """The product that is fastest for so many rows and this kind of weight."""
-    return times_bf16 if is_bf16(weight) else float_strategy(row_count)
+    """The product that is fastest for so many rows and this weight, if nobody helps."""
+    if is_bf16(weight):
+        return times_bf16
+    if row_count == 1:
+        return times_one if BLAS_LIMIT.one_thread else times
+    return times_few if row_count in FEW else cached_strategy(row_count, weight.shape[1])
 
 
-def float_strategy(row_count: int) -> Product:
-    """The product that is fastest for so many rows and weights that need no widening."""
-    return times_few if row_count in FEW else cached_strategy(row_count)
-
-
-def cached_strategy(row_count: int) -> Product:
+def cached_strategy(row_count: int, width: int) -> Product:
     """The same for weights that lie in the cache, as a block does that was just widened."""
-    if row_count < 2 or (row_count >= MANY and row_count % TILE == 0):
-        return times
+    alone = BLAS_LIMIT.one_thread
+    if row_count == 1:
+        return times if alone else times_one
     if avx512_kernels():
-        return times_unpacked if row_count <= TILE else times_transposed
-    if row_count in FEW:
+        if alone and row_count >= MANY and row_count % TILE == 0:
+            return times
+        unpacked = row_count <= TILE or (alone and _at_once(row_count, width) >= FEWEST_UNPACKED)
+        return times_unpacked if unpacked else times_transposed
+    if row_count in (FEW_ALONE if alone else FEW):
         return times_few
     return times if row_count % TILE == 0 else times_padded
 
@@ -129,7 +134,7 @@ def _padded(rows: np.ndarray) -> np.ndarray:
 
 
 def times_unpacked(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The product for 2 to 32 rows, in pieces so small that BLAS copies nothing.
+    """The product in pieces so small that BLAS copies nothing.
 
     BLAS's matrix-matrix product first copies ("packs") the weights into the order in which it
     reads them. With AVX-512, OpenBLAS multiplies small matrices as they lie, on one core: 8 rows
@@ -137,26 +142,31 @@ def times_unpacked(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """
     columns = np.ascontiguousarray(rows.T)
     product = np.empty((len(weight), len(rows)), np.result_type(rows, weight))
-    step = max(1, SMALL // max(1, rows.size))
-    for start in range(0, len(weight), step):
-        np.matmul(weight[start : start + step], columns, out=product[start : start + step])
+    step = _at_once(*rows.shape)
+    count, rest = divmod(len(weight), step)
+    whole = len(weight) - rest
+    pieces, products = (a[:whole].reshape(count, step, a.shape[1]) for a in (weight, product))
+    np.matmul(pieces, columns, out=products)  # one call, as its loop needs no lock of Python's
+    np.matmul(weight[whole:], columns, out=product[whole:])
     return product.T
 
 
-def times_bf16(
-    rows: np.ndarray, weight: np.ndarray, times_wide: Product | None = None
-) -> np.ndarray:
+def _at_once(row_count: int, width: int) -> int:
+    """How many rows of a weight make a small product with so many rows of that width."""
+    step = max(1, SMALL // max(1, row_count * width))
+    return step - step % 4 if step > 4 else step  # the kernel takes 4 at once
+
+
+def times_bf16(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The product with weights that rest in two bytes, of which a block is widened at a time.
 
-    times_wide: the product with a widened block, by default the fastest one for so many rows.
     One row takes 21 ms on one core, of which 12 are for widening; with a second thread of BLAS it
     takes twice as long, as the block lies in the first one's cache. With the worker processes of
     `workers` it takes 15 ms, as one row of float32.
     """
     step = max(1, BF16_BLOCK // weight.shape[1])
     product = np.empty((len(rows), len(weight)), rows.dtype)
-    if times_wide is None:
-        times_wide = times_one if len(rows) == 1 else cached_strategy(len(rows))
+    times_wide = cached_strategy(len(rows), weight.shape[1])
     for start in range(0, len(weight), step):
         block = weight[start : start + step]
         wide = widen_bf16(block, WIDENED.take(2 * block.size + 2))

@@ -9,26 +9,17 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 
-from llama_np.linear import (
-    FEW,
-    Product,
-    cached_strategy,
-    times,
-    times_bf16,
-    times_few,
-    times_one,
-    times_unpacked,
-)
+from llama_np.linear import FEW_ALONE, Product, strategy
 from llama_np.memory import LINE
 from llama_np.precision import is_bf16
 from llama_np.threads import avx512_kernels
 
 MOST_ROWS = 32  # of x for which sharing pays; BLAS's own threads do as well for more
-MOST_FLOAT_ROWS = 5  # without widening, unless BLAS need not copy the weights (times_unpacked)
+MOST_FLOAT_ROWS = FEW_ALONE[-1]  # the same for float weights, if BLAS has to copy them
 
 READ_AHEAD = 4 << 20  # bytes of weights that a waiting process reads: they fit into its caches
 LINES_AT_ONCE = 1024  # lines read between two looks for work: about 3 us
@@ -39,25 +30,6 @@ Job = list[np.ndarray]
 def most_rows(job: Job) -> int:
     """How many rows of x pay for sharing the products with these weights."""
     return MOST_ROWS if avx512_kernels() or all(map(is_bf16, job)) else MOST_FLOAT_ROWS
-
-
-@cache
-def local_product(row_count: int, bf16: bool) -> Product:
-    """The fastest product for one process whose BLAS has one thread."""
-    if bf16:
-        return partial(times_bf16, times_wide=_cached_product(row_count))
-    if row_count == 1:
-        return times_one
-    return times_few if row_count in FEW else _cached_product(row_count)
-
-
-def _cached_product(row_count: int) -> Product:
-    """The same for weights that lie in the cache."""
-    if row_count == 1:
-        return times
-    if avx512_kernels():
-        return times_unpacked
-    return times_few if row_count <= MOST_FLOAT_ROWS else cached_strategy(row_count)
 
 
 class Board:
@@ -120,7 +92,7 @@ class Desk:
             product = self.board.product(M, first, len(weight), itemsize)
             products.append((id(weight), product))
             if cut.start < cut.stop:
-                steps.append((local_product(M, is_bf16(weight)), weight[cut], product[:, cut]))
+                steps.append((strategy(M, weight), weight[cut], product[:, cut]))
             first += len(weight)
         return Task(self.board.rows(M, _width(job), itemsize), products, steps)
 

@@ -34,6 +34,7 @@ def set_blas_threads(count: int) -> bool:
     controller = _blas()
     if controller is not None:
         controller.limit(limits=count)
+        BLAS_LIMIT.one_thread = count == 1
     return controller is not None
 
 
@@ -53,6 +54,7 @@ class BlasLimit:
     """
 
     def __init__(self) -> None:
+        self.one_thread = cores() == 1  # as far as this package knows
         self.limited, self.asleep = False, 0.0
         self.threads: int | None = None  # without the limit
         self.holders, self.before = 0, False
@@ -94,6 +96,14 @@ class BlasLimit:
         return self.threads if self.limited else blas_threads()
 
 
+def cores() -> int:
+    """How many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
 BLAS_LIMIT = BlasLimit()
 
 
@@ -132,11 +142,3 @@ def _blas() -> Any:
     except ModuleNotFoundError:
         return None
     return ThreadpoolController().select(user_api="blas")
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1

@@ -30,7 +30,7 @@ import numpy as np
 
 from llama_np.linear import SHARED, strategy
 from llama_np.precision import is_bf16
-from llama_np.tasks import Board, Desk, Job, ReadAhead, local_product, most_rows
+from llama_np.tasks import Board, Desk, Job, ReadAhead, most_rows
 from llama_np.threads import BLAS_LIMIT, cores, set_blas_threads
 
 MOST_PROCESSES = 4
@@ -133,7 +133,7 @@ class Team:
         if not pays or rows.dtype.kind != "f":
             return strategy(M, weight)(rows, weight)
         if not BLAS_LIMIT.resting() or not self.one_at_a_time.acquire(False):
-            return local_product(M, is_bf16(weight))(rows, weight)
+            return strategy(M, weight)(rows, weight)
         try:
             return self._collect(rows, number).pop(id(weight))
         except _WorkerEnded:

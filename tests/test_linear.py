@@ -1,5 +1,7 @@
 """Every strategy of the one matrix product gives the same numbers."""
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from llama_np import linear as module
 from llama_np.linear import (
     FEW,
+    Product,
     cached_strategy,
     linear,
     matmul,
@@ -21,6 +24,7 @@ from llama_np.linear import (
     times_unpacked,
 )
 from llama_np.precision import to_bf16, widen_bf16
+from llama_np.threads import BLAS_LIMIT
 
 SIZES = st.tuples(st.integers(0, 12), st.integers(1, 700), st.integers(1, 40))
 
@@ -110,23 +114,76 @@ def test_inputs_are_never_changed() -> None:
     linear(rows, weight, bias)
 
 
-@pytest.mark.parametrize("avx512", [False, True])
-def test_the_strategy_follows_the_rows_the_kind_of_weight_and_the_kernels(
-    avx512: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, bool], None]:
+    """Takes what BLAS is: whether it multiplies with AVX-512, and whether it has one thread."""
+
+    def choose(avx512: bool, one_thread: bool) -> None:
+        monkeypatch.setattr(module, "avx512_kernels", lambda: avx512)
+        monkeypatch.setattr(BLAS_LIMIT, "one_thread", one_thread)
+
+    return choose
+
+
+WEIGHT: np.ndarray = np.ones((4, 512), np.float32)
+Chosen = dict[tuple[int, ...], Product]
+
+
+def strategies(counts: Iterable[int]) -> Chosen:
+    """How many rows are multiplied with WEIGHT by which product."""
+    chosen: dict[Product, list[int]] = {}
+    for M in counts:
+        chosen.setdefault(strategy(M, WEIGHT), []).append(M)
+    return {tuple(rows): product for product, rows in chosen.items()}
+
+
+def test_without_avx512_rows_are_multiplied_one_by_one_or_in_whole_tiles(
+    kernels: Callable[[bool, bool], None],
 ) -> None:
-    monkeypatch.setattr(module, "avx512_kernels", lambda: avx512)
-    weight: np.ndarray = np.ones((4, 4), np.float32)
-    assert [strategy(M, weight) for M in (0, 1, 192, 512)] == [times] * 4
-    expected = {
-        FEW: times_few,
-        (4, 7): times_unpacked if avx512 else times_padded,
-        (8,): times_unpacked if avx512 else times,
-        (9, 127, 183): times_transposed if avx512 else times_padded,
-        (16, 120): times_transposed if avx512 else times,
+    kernels(False, False)
+    rows = (0, 1, 2, 3, 4, 5, 7, 8, 9, 192, 511)
+    assert strategies(rows) == {
+        (0, 1, 8, 192): times,
+        (2, 3): times_few,
+        (4, 5, 7, 9, 511): times_padded,
     }
-    for counts, product in expected.items():
-        assert {strategy(M, weight) for M in counts} == {product}
-    # from the cache, rows one by one are no gain over products without copies
-    assert {cached_strategy(M) for M in FEW} == {times_unpacked if avx512 else times_few}
-    bits = to_bf16(weight)
-    assert [strategy(M, bits) for M in (0, 1, 2, 8)] == [times_bf16] * 4
+    kernels(False, True)
+    assert strategies(rows) == {
+        (0, 8, 192): times,
+        (1,): times_one,
+        (2, 3, 4, 5): times_few,
+        (7, 9, 511): times_padded,
+    }
+
+
+def test_with_avx512_up_to_191_rows_are_multiplied_without_copies_if_products_are_small(
+    kernels: Callable[[bool, bool], None],
+) -> None:
+    kernels(True, False)
+    rows = (1, 2, 3, 4, 8, 9, 191, 192, 231, 232, 512, 513)
+    assert strategies(rows) == {
+        (1,): times,
+        (2, 3): times_few,
+        (4, 8): times_unpacked,
+        (9, 191, 192, 231, 232, 512, 513): times_transposed,
+    }
+    kernels(True, True)
+    assert strategies(rows) == {
+        (1,): times_one,
+        (2, 3): times_few,
+        (4, 8, 9, 191, 231): times_unpacked,  # 8 x 231 x 512 < 950,000
+        (513,): times_transposed,
+        (192, 232, 512): times,  # as its result lies row by row
+    }
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("one_thread", [False, True])
+def test_a_block_just_widened_lies_in_the_cache_of_one_core(
+    avx512: bool, one_thread: bool, kernels: Callable[[bool, bool], None]
+) -> None:
+    kernels(avx512, one_thread)
+    assert {strategy(M, to_bf16(WEIGHT)) for M in (0, 1, 2, 8, 512)} == {times_bf16}
+    assert cached_strategy(1, 512) is (times if one_thread else times_one)
+    # rows one by one are no gain over products without copies
+    assert {cached_strategy(M, 512) for M in FEW} == {times_unpacked if avx512 else times_few}

@@ -232,7 +232,6 @@ FUNCTIONS: dict[str, Case] = {
 NOT_ABOUT_FLOATS = {
     "cache.undone_on_error",
     "linear.cached_strategy",
-    "linear.float_strategy",
     "linear.strategy",
     "model.causal",
     "model.check_tokens",

@@ -86,10 +86,8 @@ def shared(weights: dict[str, np.ndarray], request: pytest.FixtureRequest) -> It
     with pytest.MonkeyPatch.context() as patch:
         for module in (linear, tasks):
             patch.setattr(module, "avx512_kernels", lambda: avx512)
-        tasks.local_product.cache_clear()
         with team(weights, processes):
             yield
-    tasks.local_product.cache_clear()
 
 
 @given(st.integers(0, MOST_ROWS + 2), st.sampled_from(list(matrices())))
