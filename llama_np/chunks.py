@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,14 +24,16 @@ from llama_np.config import Config
 from llama_np.linear import TILE
 from llama_np.model import ModelWeights, hidden_states
 from llama_np.rope import steady_length
-from llama_np.threads import BLAS_LIMIT
+from llama_np.threads import BLAS_LIMIT, avx512_kernels
 
 Compute = Callable[[slice, KVCache], np.ndarray]
 
 CHUNK = 256  # tokens of each row; bounds the memory for activations and attention scores
 FEWEST_ROWS = 64  # of a matrix product for which a thread of its own pays
-WORK = 10**9  # multiplications with weights, about 10 ms, for which it pays
-WORK_WHILE_AWAKE = 15 * WORK  # the same while BLAS's own threads may keep the cores busy
+FEWEST_ROWS_UNPACKED = 32  # the same if BLAS need not copy the weights
+WORK = 5 * 10**8  # multiplications with weights, about 5 ms, for which it pays
+WORK_WHILE_AWAKE = 30 * WORK  # the same while BLAS's own threads may keep the cores busy
+ATTENTION = 1.6  # the time of a multiplication of attention, in multiplications with weights
 
 
 def hidden_in_chunks(
@@ -59,9 +62,10 @@ def in_chunks(
     """
     B, T = positions.shape
     start, threads = cache.length, threads_that_pay(B * T, config)
-    columns = chunks(T, threads)
+    growth = _growth(config)
+    columns = chunks(T, threads, start, growth)
     if len(columns) < threads:  # some cores would have nothing to do
-        threads, columns = 1, chunks(T, 1)
+        threads, columns = 1, chunks(T, 1, start, growth)
     if start + T > steady_length(config, start + 1):  # rotated by the length of the whole
         columns = [slice(0, T)]
     try:
@@ -79,23 +83,47 @@ def threads_that_pay(rows: int, config: Config) -> int:
     More than one needs threadpoolctl (extra `bench`).
     """
     threads = BLAS_LIMIT.all_threads() or 1
-    work = rows * _weights_of_layers(config) / threads
+    work = rows * config.num_hidden_layers * _weights_of_a_layer(config) / threads
     least = WORK if BLAS_LIMIT.resting() else WORK_WHILE_AWAKE
-    return threads if rows / threads >= FEWEST_ROWS and work >= least else 1
+    fewest = FEWEST_ROWS_UNPACKED if avx512_kernels() else FEWEST_ROWS
+    return threads if rows / threads >= fewest and work >= least else 1
 
 
-def _weights_of_layers(config: Config) -> int:
+def _weights_of_a_layer(config: Config) -> int:
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
     per_channel = heads * config.head_dim + 3 * config.intermediate_size
-    return config.num_hidden_layers * config.hidden_size * per_channel
+    return config.hidden_size * per_channel
 
 
-def chunks(T: int, threads: int) -> list[slice]:
-    """T columns in chunks of similar length, as many for every thread."""
-    count = -(-max(T, 1) // CHUNK)
-    count = -(-count // threads) * threads
-    size = max(1, -(-T // (count * TILE))) * TILE
-    return [slice(begin, min(begin + size, T)) for begin in range(0, max(T, 1), size)]
+def _growth(config: Config) -> float:
+    """What an earlier token adds to the time that a token takes, in parts of its time alone."""
+    attention = 2 * config.num_attention_heads * config.head_dim  # a score, a weighted value
+    return ATTENTION * attention / _weights_of_a_layer(config)
+
+
+def chunks(T: int, threads: int, start: int, growth: float) -> list[slice]:
+    """T columns after `start` others in chunks, as many for every thread.
+
+    Chunks that are computed at once take the same time: the later ones are shorter, as attention
+    to more tokens takes longer.
+    """
+    count = -(-max(T, 1) // (CHUNK * threads))  # of chunks for each thread
+    ends = np.linspace(0, T, count + 1)
+    parts = [_equal_parts(a, b, threads, start, growth) for a, b in pairwise(ends)]
+    edges = [min(TILE * round(edge / TILE), T) for part in parts for edge in part[:-1]]
+    return [slice(a, b) for a, b in pairwise([*edges, T]) if a < b] or [slice(0, T)]
+
+
+def _equal_parts(first: float, last: float, count: int, start: int, growth: float) -> list[float]:
+    """Edges of `count` parts of equal work, where a token after n others takes 1 + growth * n.
+
+    The work of the first n tokens is n + growth * n^2 / 2, which is solved for n.
+    """
+    n = start + np.array([first, last])
+    before, after = n + growth * n**2 / 2
+    work = np.linspace(before, after, count + 1)
+    edges: list[float] = (2 * work / (1 + np.sqrt(1 + 2 * growth * work)) - start).tolist()
+    return edges
 
 
 def _at_once(

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from llama_np.linear import SHARED, strategy
-from llama_np.precision import is_bf16
 from llama_np.tasks import Board, Desk, Job, ReadAhead, most_rows
 from llama_np.threads import BLAS_LIMIT, cores, set_blas_threads
 
@@ -129,10 +128,10 @@ class Team:
                 return kept
         number, M = self.job_of[id(weight)], len(rows)
         pays = 0 < M <= self.most_rows[number] and os.getpid() == self.owner
+        pays = pays and not BLAS_LIMIT.holders  # Python threads that keep every core busy
         BLAS_LIMIT.set(pays)
-        if not pays or rows.dtype.kind != "f":
-            return strategy(M, weight)(rows, weight)
-        if not BLAS_LIMIT.resting() or not self.one_at_a_time.acquire(False):
+        together = pays and rows.dtype.kind == "f" and BLAS_LIMIT.resting()
+        if not together or not self.one_at_a_time.acquire(False):
             return strategy(M, weight)(rows, weight)
         try:
             return self._collect(rows, number).pop(id(weight))

@@ -17,6 +17,7 @@ from llama_np import KVCache, LlamaConfig, LlamaForCausalLM, chunks, hidden_stat
 from llama_np.chunks import hidden_in_chunks, in_chunks, threads_that_pay
 from llama_np.config import Config
 from llama_np.generate import pad, prefill
+from llama_np.linear import TILE
 from llama_np.model import ModelWeights
 from llama_np.perplexity import score_batch
 from llama_np.threads import BLAS_LIMIT, blas_threads
@@ -108,7 +109,7 @@ def test_after_an_error_everything_is_as_before(
     before, running = blas_threads(), threading.active_count()
 
     def compute(part: slice, memory: KVCache) -> np.ndarray:
-        if part.start == failing:
+        if part.start <= failing < part.stop:
             raise error
         places = np.arange(5 + part.start, 5 + part.stop)[None]
         return hidden_states(TOKENS[:, part], WEIGHTS, CONFIG, memory, places)
@@ -186,34 +187,64 @@ def test_too_few_chunks_for_all_threads_are_computed_one_after_the_other(
 
 
 @pytest.mark.parametrize(
-    ("count", "resting", "rows", "expected"),
+    ("count", "resting", "avx512", "rows", "expected"),
     [
-        (2, True, 128, 2),
-        (2, True, 127, 1),  # too few rows for each
-        (2, False, 128, 1),  # too little work while the threads of BLAS are awake
-        (2, False, 512, 2),
-        (8, True, 511, 1),
-        (8, True, 512, 8),
-        (1, True, 4096, 1),
-        (None, True, 4096, 1),  # threads cannot be limited without threadpoolctl
+        (2, True, False, 128, 2),
+        (2, True, False, 127, 1),  # too few rows for each
+        (2, True, True, 64, 2),
+        (2, True, True, 63, 1),
+        (2, False, True, 128, 1),  # too little work while the threads of BLAS are awake
+        (2, False, False, 512, 2),
+        (8, True, False, 511, 1),
+        (8, True, False, 512, 8),
+        (1, True, True, 4096, 1),
+        (None, True, False, 4096, 1),  # threads cannot be limited without threadpoolctl
     ],
 )
 def test_chunks_are_computed_at_once_where_it_pays(
-    count: int | None, resting: bool, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    count: int | None,
+    resting: bool,
+    avx512: bool,
+    rows: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(CONFIG, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+    monkeypatch.setattr(chunks, "avx512_kernels", lambda: avx512)
     monkeypatch.setattr(BLAS_LIMIT, "all_threads", lambda: count)
     monkeypatch.setattr(BLAS_LIMIT, "resting", lambda: resting)
     assert threads_that_pay(rows, config) == expected
 
 
-@given(st.integers(0, 2000), st.integers(1, 8))
-def test_chunks_cover_all_columns_in_order_with_similar_lengths(T: int, count: int) -> None:
-    parts = chunks.chunks(T, count)
+growths = st.floats(1e-6, 0.01)  # 135 million parameters: 0.0005
+
+
+@given(st.integers(0, 2000), st.integers(1, 8), st.integers(0, 10_000), growths)
+def test_chunks_cover_all_columns_in_order(T: int, count: int, start: int, growth: float) -> None:
+    parts = chunks.chunks(T, count, start, growth)
     assert parts[0].start == 0 and parts[-1].stop == T
     assert all(a.stop == b.start for a, b in pairwise(parts))
-    lengths = [part.stop - part.start for part in parts]
-    assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= max(lengths) <= max(chunks.CHUNK, 8)
+    assert all(part.start % TILE == 0 for part in parts)
+
+
+@given(st.integers(0, 5000), st.integers(1, 4), st.integers(0, 10_000), growths)
+def test_chunks_at_once_take_the_same_time(
+    length: int, count: int, start: int, growth: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK", 256)
+        parts = chunks.chunks(256 * count + length, count, start, growth)
+    work = [sum(1 + growth * (start + n) for n in range(p.start, p.stop)) for p in parts]
+    # both edges of a chunk are rounded by up to half a tile
+    most = 2 * TILE * (1 + growth * (start + parts[-1].stop))
+    for first in range(0, len(work), count):
+        at_once = work[first : first + count]
+        assert max(at_once) - min(at_once) <= most
+
+
+def test_chunks_are_at_most_twice_as_long_as_without_attention() -> None:
+    parts = chunks.chunks(100_000, 2, 0, 0.0005)
+    assert max(part.stop - part.start for part in parts) <= 2 * chunks.CHUNK
 
 
 def test_the_limit_of_blas_is_held_by_all_who_need_it() -> None:

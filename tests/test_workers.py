@@ -263,6 +263,16 @@ def test_with_avx512_float_weights_are_shared_for_as_many_rows_as_bfloat16_ones(
                 assert asks_the_workers(pair, M, weights["float32 130"]) == (1 <= M <= most)
 
 
+def test_workers_rest_while_python_threads_keep_every_core_busy(
+    weights: dict[str, np.ndarray],
+) -> None:
+    weight = weights["float32 130"]
+    with team(weights) as pair:
+        with threads.BLAS_LIMIT.held():
+            assert not asks_the_workers(pair, 1, weight)
+        assert asks_the_workers(pair, 1, weight)
+
+
 def test_workers_wait_until_the_threads_of_blas_sleep(
     weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
