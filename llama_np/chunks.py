@@ -84,9 +84,11 @@ def threads_that_pay(rows: int, config: Config) -> int:
     """
     threads = BLAS_LIMIT.all_threads() or 1
     work = rows * config.num_hidden_layers * _weights_of_a_layer(config) / threads
-    least = WORK if BLAS_LIMIT.resting() else WORK_WHILE_AWAKE
     fewest = FEWEST_ROWS_UNPACKED if avx512_kernels() else FEWEST_ROWS
-    return threads if rows / threads >= fewest and work >= least else 1
+    if threads == 1 or rows / threads < fewest or work < WORK:
+        return 1
+    pays = work >= WORK_WHILE_AWAKE or BLAS_LIMIT.resting() or BLAS_LIMIT.look()
+    return threads if pays else 1
 
 
 def _weights_of_a_layer(config: Config) -> int:

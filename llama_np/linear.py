@@ -62,7 +62,7 @@ def cached_strategy(row_count: int, width: int) -> Product:
     if row_count == 1:
         return times if alone else times_one
     if avx512_kernels():
-        if alone and row_count >= MANY and row_count % TILE == 0:
+        if row_count >= MANY and row_count % TILE == 0:
             return times
         unpacked = row_count <= TILE or (alone and _at_once(row_count, width) >= FEWEST_UNPACKED)
         return times_unpacked if unpacked else times_transposed

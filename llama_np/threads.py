@@ -14,6 +14,7 @@ from typing import Any
 AVX512 = {"SkylakeX", "Cooperlake", "Sapphirerapids"}  # processors, as OpenBLAS names its kernels
 
 AWAKE = 0.13  # seconds for which the threads of OpenBLAS go on asking for work (2^28 cycles)
+LOOK = 0.002  # seconds that show whether they do
 
 
 def limit_threads(count: int | None) -> None:
@@ -90,6 +91,18 @@ class BlasLimit:
     def resting(self) -> bool:
         """Whether BLAS's other threads have nothing to do and sleep."""
         return self.limited and time.monotonic() >= self.asleep
+
+    def look(self) -> bool:
+        """See whether BLAS's other threads sleep: no processor time goes by while this one does.
+
+        If they sleep while the limit is set, they rest from now on.
+        """
+        before = time.process_time()
+        time.sleep(LOOK)
+        asleep = time.process_time() - before < LOOK / 2
+        if asleep and self.limited:
+            self.asleep = time.monotonic()
+        return asleep
 
     def all_threads(self) -> int | None:
         """How many threads BLAS has without the limit; None without threadpoolctl."""

@@ -62,6 +62,7 @@ def share_products(weights: Mapping[str, Any], processes: int | None = None) -> 
         yield 1
         return
     team = Team(jobs, wanted)
+    BLAS_LIMIT.look()  # at the start of a program BLAS's threads sleep already
     try:
         yield wanted
     finally:

@@ -212,7 +212,8 @@ def test_chunks_are_computed_at_once_where_it_pays(
     config = replace(CONFIG, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
     monkeypatch.setattr(chunks, "avx512_kernels", lambda: avx512)
     monkeypatch.setattr(BLAS_LIMIT, "all_threads", lambda: count)
-    monkeypatch.setattr(BLAS_LIMIT, "resting", lambda: resting)
+    monkeypatch.setattr(BLAS_LIMIT, "resting", lambda: False)
+    monkeypatch.setattr(BLAS_LIMIT, "look", lambda: resting)
     assert threads_that_pay(rows, config) == expected
 
 
@@ -277,3 +278,18 @@ def test_the_threads_of_blas_rest_some_time_after_the_limit_was_set(
     finally:
         BLAS_LIMIT.set(False)
     assert not BLAS_LIMIT.resting()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_threads_that_take_no_processor_time_rest(
+    busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = iter([1.0, 1.0 + busy * threads.LOOK])
+    monkeypatch.setattr(time, "process_time", lambda: next(spent))
+    BLAS_LIMIT.set(True)
+    try:
+        assert not BLAS_LIMIT.resting()
+        assert BLAS_LIMIT.look() is not busy
+        assert BLAS_LIMIT.resting() is not busy
+    finally:
+        BLAS_LIMIT.set(False)
