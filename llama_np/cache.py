@@ -39,8 +39,9 @@ class NoCache:
 class KVCache:
     """Rotated keys, values and positions of all tokens seen so far, for B rows.
 
-    With `capacity` the arrays are allocated once and a longer text is an error; without, they
-    grow by doubling, so that every slot is copied at most twice on average.
+    With `capacity` the memory is allocated once and a longer text is an error; without, it grows
+    by doubling, so that every slot is copied at most twice on average. All layers share one array:
+    NumPy asks Linux for large pages for a large one only, with which a step is up to 2 % faster.
     """
 
     def __init__(
@@ -53,11 +54,14 @@ class KVCache:
         self.fixed = capacity is not None
         slots = FIRST_CAPACITY if capacity is None else capacity
         shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [np.zeros(shape, dtype) for _ in layers]
-        self.values = [np.zeros(shape, dtype) for _ in layers]
+        self._hold(np.zeros((config.num_hidden_layers, 2, *shape), dtype))
         self.positions = np.full((batch, slots), -1, np.int64)
         self.length = 0
+
+    def _hold(self, pairs: np.ndarray) -> None:
+        """Remember in `pairs`: (layers, 2, B, K, slots, H)."""
+        self.pairs = pairs
+        self.keys, self.values = list(pairs[:, 0]), list(pairs[:, 1])  # per layer (B, K, slots, H)
 
     @classmethod
     def from_pairs(cls, config: Config, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> KVCache:
@@ -92,7 +96,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes taken by keys and values."""
-        return sum(array.nbytes for array in [*self.keys, *self.values])
+        return self.pairs.nbytes
 
     def continuation(self, B: int, T: int) -> np.ndarray:
         """Positions of T more tokens: every row goes on where its own text ended, (B, T).
@@ -144,16 +148,17 @@ class KVCache:
         self._reallocate(max(2 * self.capacity, self.length), used)
 
     def _reallocate(self, slots: int, used: int) -> None:
-        self.keys = [_widen_slots(array, used, slots) for array in self.keys]
-        self.values = [_widen_slots(array, used, slots) for array in self.values]
+        *outer, _, H = self.pairs.shape
+        pairs = np.zeros((*outer, slots, H), self.pairs.dtype)
+        pairs[..., :used, :] = self.pairs[..., :used, :]
+        self._hold(pairs)
         positions = np.full((self.batch, slots), -1, np.int64)
         positions[:, :used] = self.positions[:, :used]
         self.positions = positions
 
     def select(self, rows: np.ndarray) -> None:
         """Keep the given rows, in the given order; a row may be taken more than once."""
-        self.keys = [array[rows] for array in self.keys]
-        self.values = [array[rows] for array in self.values]
+        self._hold(np.take(self.pairs, rows, axis=2))
         self.positions = self.positions[rows]
 
     def join(self, other: KVCache) -> None:
@@ -162,9 +167,10 @@ class KVCache:
         for cache in (self, other):
             if cache.capacity < slots:
                 cache._reallocate(slots, cache.length)
-        self.keys = [_stack(a, b) for a, b in zip(self.keys, other.keys, strict=True)]
-        self.values = [_stack(a, b) for a, b in zip(self.values, other.values, strict=True)]
-        self.positions = _stack(self.positions, other.positions)
+        slots_of_both = min(self.capacity, other.capacity)
+        both = [cache.pairs[..., :slots_of_both, :] for cache in (self, other)]
+        self._hold(np.concatenate(both, axis=2))
+        self.positions = np.concatenate([c.positions[:, :slots_of_both] for c in (self, other)])
         self.length = slots
 
     def compact_if_sparse(self) -> None:
@@ -174,9 +180,8 @@ class KVCache:
             return
         order = np.argsort(self.positions < 0, axis=1, kind="stable")
         index = order[:, None, :filled, None]
-        for arrays in (self.keys, self.values):
-            for array in arrays:
-                array[:, :, :filled] = np.take_along_axis(array, index, axis=2)
+        for array in [*self.keys, *self.values]:
+            array[:, :, :filled] = np.take_along_axis(array, index, axis=2)
         self.positions = np.take_along_axis(self.positions, order, axis=1)
         self.length = filled
 
@@ -195,21 +200,6 @@ class KVCache:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return (self[layer] for layer in range(len(self)))
-
-
-def _widen_slots(array: np.ndarray, used: int, wanted: int) -> np.ndarray:
-    B, K, _, H = array.shape
-    wide = np.zeros((B, K, wanted, H), array.dtype)
-    wide[:, :, :used] = array[:, :, :used]
-    return wide
-
-
-def _stack(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Rows of both caches, cut to the slots that both have."""
-    axis = above.ndim - 2 if above.ndim == 4 else 1
-    slots = min(above.shape[axis], below.shape[axis])
-    cut = (slice(None),) * axis + (slice(slots),)
-    return np.concatenate([above[cut], below[cut]])
 
 
 Transform = Callable[..., np.ndarray]

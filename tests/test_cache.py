@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -275,3 +276,19 @@ def test_two_caches_do_not_know_of_each_other() -> None:
     for (k, v), (kept_k, kept_v) in zip(first, kept, strict=True):
         np.testing.assert_array_equal(k, kept_k)
         np.testing.assert_array_equal(v, kept_v)
+
+
+def test_keys_and_values_of_all_layers_lie_in_one_block_of_memory() -> None:
+    cache = KVCache(CONFIG, 2)
+    other = KVCache(CONFIG, 1)
+    changes: list[Callable[[], None]] = [
+        lambda: cache.crop(0),
+        lambda: cache.select(np.array([1, 0])),
+        lambda: cache.join(other),
+        lambda: cache._reallocate(200, 0),
+    ]
+    for change in changes:
+        change()
+        assert cache.pairs.flags.c_contiguous
+        assert all(np.shares_memory(a, cache.pairs) for a in [*cache.keys, *cache.values])
+        assert cache.nbytes == sum(a.nbytes for a in [*cache.keys, *cache.values])
