@@ -139,6 +139,8 @@ def times_unpacked(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     BLAS's matrix-matrix product first copies ("packs") the weights into the order in which it
     reads them. With AVX-512, OpenBLAS multiplies small matrices as they lie, on one core: 8 rows
     take 40 ms on one core instead of 83, or 51 on two; with two worker processes they take 23.
+    With two threads, each on a core of its own, 64 rows reach 85 % of the speed of a large product
+    instead of 72 (`times_transposed`), 32 rows 79 instead of 58.
     """
     columns = np.ascontiguousarray(rows.T)
     product = np.empty((len(weight), len(rows)), np.result_type(rows, weight))

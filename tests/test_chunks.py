@@ -1,5 +1,6 @@
 """A prompt in chunks, some of them at once, gives what it gives in one pass."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -215,6 +216,18 @@ def test_chunks_are_computed_at_once_where_it_pays(
     monkeypatch.setattr(BLAS_LIMIT, "resting", lambda: False)
     monkeypatch.setattr(BLAS_LIMIT, "look", lambda: resting)
     assert threads_that_pay(rows, config) == expected
+
+
+def test_a_prompt_pays_for_later_ones_where_the_threads_of_blas_will_sleep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(CONFIG, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+    monkeypatch.setattr(BLAS_LIMIT, "all_threads", lambda: 2)
+    monkeypatch.setattr(BLAS_LIMIT, "look", lambda: False)
+    for limited, expected in ((False, 1), (True, 2)):
+        monkeypatch.setattr(BLAS_LIMIT, "limited", limited)
+        monkeypatch.setattr(BLAS_LIMIT, "asleep", math.inf)
+        assert threads_that_pay(128, config) == expected
 
 
 growths = st.floats(1e-6, 0.01)  # 135 million parameters: 0.0005
