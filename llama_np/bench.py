@@ -33,6 +33,7 @@ from llama_np.generate import activation_dtype, prefill
 from llama_np.memory import empty_in_one_block
 from llama_np.model import ModelWeights, hidden_states, logits
 from llama_np.precision import is_bf16, to_bf16
+from llama_np.processor import processor_name
 from llama_np.tap import stopwatch
 from llama_np.threads import blas_name
 from llama_np.workers import share_products
@@ -304,15 +305,8 @@ def bench(
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
-    except OSError:
-        pass  # not Linux: the generic name has to do
     return {
-        "processor": name,
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,

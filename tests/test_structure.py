@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports only from the lines above its own, so that each can be read
 # knowing only what stands above it.
 LEVELS = [
-    "activations errors hf_loading hf_streamers memory options precision tap",
+    "activations errors hf_loading hf_streamers memory options precision processor tap",
     "terminal threads",
     "files hf_encoding hub linear query_blocks",
     "config tasks tokenizer weights",
