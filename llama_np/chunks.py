@@ -4,7 +4,7 @@ Layer by layer, a token needs the keys and values of the tokens before it, and n
 them. So a chunk need not wait until the one before it is done: each has a Python thread of its
 own and waits, in every layer, only until the one before has stored its keys and values there.
 BLAS keeps to one thread; norms, rotations, attention, activations and the widening of bfloat16,
-too, then use every core, and products of up to 200 rows are made without copies of the weights
+too, then use every core, and where it pays products are made without copies of the weights
 (`linear.times_unpacked`). On two cores of an AMD EPYC (Zen 4), in medians of pairs, a model of
 135 million parameters reads 64 tokens 1.1 times, 128 tokens 1.17 times, 512 tokens 1.4 times and
 1,500 tokens 1.2 times as fast, one of 1.1 billion in bfloat16 64 tokens 1.15 times.
@@ -24,6 +24,7 @@ from llama_np.cache import KVCache, Store
 from llama_np.config import Config
 from llama_np.linear import TILE
 from llama_np.model import ModelWeights, hidden_states
+from llama_np.processor import halves_avx512
 from llama_np.rope import steady_length
 from llama_np.threads import BLAS_LIMIT, avx512_kernels
 
@@ -31,7 +32,7 @@ Compute = Callable[[slice, KVCache], np.ndarray]
 
 CHUNK = 256  # tokens of each row; bounds the memory for activations and attention scores
 FEWEST_ROWS = 64  # of a matrix product for which a thread of its own pays
-FEWEST_ROWS_UNPACKED = 32  # the same if BLAS need not copy the weights
+FEWEST_ROWS_UNPACKED = 32  # the same where products without copies of the weights pay
 WORK = 5 * 10**8  # multiplications with weights, about 5 ms, for which it pays
 WORK_WHILE_AWAKE = 30 * WORK  # the same while BLAS's own threads may keep the cores busy
 WORK_WHILE_LIMITED = 10 * WORK  # the same if they will sleep then, so that later prompts gain
@@ -86,7 +87,7 @@ def threads_that_pay(rows: int, config: Config) -> int:
     """
     threads = BLAS_LIMIT.all_threads() or 1
     work = rows * config.num_hidden_layers * _weights_of_a_layer(config) / threads
-    fewest = FEWEST_ROWS_UNPACKED if avx512_kernels() else FEWEST_ROWS
+    fewest = FEWEST_ROWS_UNPACKED if avx512_kernels() and halves_avx512() else FEWEST_ROWS
     if threads == 1 or rows / threads < fewest or work < WORK:
         return 1
     least = WORK_WHILE_LIMITED if BLAS_LIMIT.limited else WORK_WHILE_AWAKE

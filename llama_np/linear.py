@@ -14,6 +14,7 @@ import numpy as np
 
 from llama_np.memory import Scratch
 from llama_np.precision import is_bf16, widen_bf16
+from llama_np.processor import halves_avx512
 from llama_np.threads import BLAS_LIMIT, avx512_kernels
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -24,7 +25,8 @@ SHARED: dict[int, Product] = {}
 FEW = range(2, 4)  # rows that are faster one by one than by BLAS's matrix-matrix product
 FEW_ALONE = range(2, 6)  # the same where BLAS has one thread
 TILE = 8  # rows that BLAS's matrix-matrix product takes at once
-MANY = 192  # rows that make up for the copies that BLAS makes of the weights
+MOST_UNPACKED = 32  # rows that make up for the copies that BLAS makes of the weights
+MOST_UNPACKED_IN_HALVES = 191  # the same if AVX-512 is computed in two halves
 SMALL = 950_000  # multiplications; OpenBLAS calls a product small up to 10^6 of them
 FEWEST_UNPACKED = 8  # rows of weights for which a small product pays
 SMALL_TRANSPOSED = 1200  # numbers in a product that OpenBLAS calls small if b is transposed
@@ -53,7 +55,8 @@ def strategy(row_count: int, weight: np.ndarray) -> Product:
         return times_bf16
     if row_count == 1:
         return times_one if BLAS_LIMIT.one_thread else times
-    return times_few if row_count in FEW else cached_strategy(row_count, weight.shape[1])
+    few = row_count in FEW and not _full_width()
+    return times_few if few else cached_strategy(row_count, weight.shape[1])
 
 
 def cached_strategy(row_count: int, width: int) -> Product:
@@ -62,13 +65,27 @@ def cached_strategy(row_count: int, width: int) -> Product:
     if row_count == 1:
         return times if alone else times_one
     if avx512_kernels():
-        if row_count >= MANY and row_count % TILE == 0:
-            return times
-        unpacked = row_count <= TILE or (alone and _at_once(row_count, width) >= FEWEST_UNPACKED)
-        return times_unpacked if unpacked else times_transposed
+        if _unpacked_pays(row_count, width):
+            return times_unpacked
+        many = row_count > MOST_UNPACKED_IN_HALVES and row_count % TILE == 0
+        return times if many and not _full_width() else times_transposed
     if row_count in (FEW_ALONE if alone else FEW):
         return times_few
     return times if row_count % TILE == 0 else times_padded
+
+
+def _full_width() -> bool:
+    """Whether BLAS multiplies with AVX-512, and the processor does so at once, not in halves."""
+    return avx512_kernels() and not halves_avx512()
+
+
+def _unpacked_pays(row_count: int, width: int) -> bool:
+    """Whether products without copies are faster, if BLAS multiplies with AVX-512."""
+    if row_count <= TILE:
+        return True
+    most = MOST_UNPACKED if _full_width() else MOST_UNPACKED_IN_HALVES
+    fits = _at_once(row_count, width) >= FEWEST_UNPACKED
+    return BLAS_LIMIT.one_thread and row_count <= most and fits
 
 
 def times(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -94,7 +111,9 @@ def times_few(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
     The first row's dot products read a block from memory, as fast as it delivers on one core; for
     the others, which find it in the cache, BLAS's matrix-vector product is faster. On the Zen 4
-    machine of the README 2 rows take 35 ms instead of 55, 3 rows 40 instead of 55.
+    machine of the README 2 rows take 35 ms instead of 55, 3 rows 40 instead of 55. Where AVX-512
+    has its full width `times_unpacked` is faster: a token for each of 2 texts takes 30 instead of
+    35 ms on an Intel Xeon (Emerald Rapids) with worker processes, 47 instead of 59 without.
     """
     product = np.empty((len(rows), len(weight)), np.result_type(rows, weight))
     step = max(1, BLOCK_BYTES // (weight.shape[1] * weight.itemsize))
@@ -140,7 +159,9 @@ def times_unpacked(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     reads them. With AVX-512, OpenBLAS multiplies small matrices as they lie, on one core: 8 rows
     take 40 ms on one core instead of 83, or 51 on two; with two worker processes they take 23.
     With two threads, each on a core of its own, 64 rows reach 85 % of the speed of a large product
-    instead of 72 (`times_transposed`), 32 rows 79 instead of 58.
+    instead of 72 (`times_transposed`), 32 rows 79 instead of 58. That is on a Zen 4, which
+    computes AVX-512 in two halves. An Intel Xeon (Emerald Rapids), twice as fast, waits for the
+    weights then: 128 rows reach 61 % instead of 77 with the copies.
     """
     columns = np.ascontiguousarray(rows.T)
     product = np.empty((len(weight), len(rows)), np.result_type(rows, weight))

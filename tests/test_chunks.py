@@ -188,7 +188,7 @@ def test_too_few_chunks_for_all_threads_are_computed_one_after_the_other(
 
 
 @pytest.mark.parametrize(
-    ("count", "resting", "avx512", "rows", "expected"),
+    ("count", "resting", "unpacked", "rows", "expected"),
     [
         (2, True, False, 128, 2),
         (2, True, False, 127, 1),  # too few rows for each
@@ -205,13 +205,14 @@ def test_too_few_chunks_for_all_threads_are_computed_one_after_the_other(
 def test_chunks_are_computed_at_once_where_it_pays(
     count: int | None,
     resting: bool,
-    avx512: bool,
+    unpacked: bool,
     rows: int,
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(CONFIG, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
-    monkeypatch.setattr(chunks, "avx512_kernels", lambda: avx512)
+    monkeypatch.setattr(chunks, "avx512_kernels", lambda: unpacked)
+    monkeypatch.setattr(chunks, "halves_avx512", lambda: unpacked)
     monkeypatch.setattr(BLAS_LIMIT, "all_threads", lambda: count)
     monkeypatch.setattr(BLAS_LIMIT, "resting", lambda: False)
     monkeypatch.setattr(BLAS_LIMIT, "look", lambda: resting)

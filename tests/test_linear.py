@@ -115,11 +115,15 @@ def test_inputs_are_never_changed() -> None:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, bool], None]:
-    """Takes what BLAS is: whether it multiplies with AVX-512, and whether it has one thread."""
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Takes what BLAS is: whether it multiplies with AVX-512, and whether it has one thread.
 
-    def choose(avx512: bool, one_thread: bool) -> None:
+    And whether the processor computes AVX-512 in two halves.
+    """
+
+    def choose(avx512: bool, one_thread: bool, halves: bool = False) -> None:
         monkeypatch.setattr(module, "avx512_kernels", lambda: avx512)
+        monkeypatch.setattr(module, "halves_avx512", lambda: halves)
         monkeypatch.setattr(BLAS_LIMIT, "one_thread", one_thread)
 
     return choose
@@ -138,7 +142,7 @@ def strategies(counts: Iterable[int]) -> Chosen:
 
 
 def test_without_avx512_rows_are_multiplied_one_by_one_or_in_whole_tiles(
-    kernels: Callable[[bool, bool], None],
+    kernels: Callable[..., None],
 ) -> None:
     kernels(False, False)
     rows = (0, 1, 2, 3, 4, 5, 7, 8, 9, 192, 511)
@@ -156,31 +160,52 @@ def test_without_avx512_rows_are_multiplied_one_by_one_or_in_whole_tiles(
     }
 
 
-def test_with_avx512_up_to_191_rows_are_multiplied_without_copies_if_products_are_small(
-    kernels: Callable[[bool, bool], None],
+def test_with_avx512_few_rows_are_multiplied_without_copies_if_products_are_small(
+    kernels: Callable[..., None],
 ) -> None:
+    rows = (1, 2, 3, 4, 8, 9, 32, 33, 191, 192, 512, 513)
     kernels(True, False)
-    rows = (1, 2, 3, 4, 8, 9, 191, 192, 231, 232, 512, 513)
     assert strategies(rows) == {
-        (1, 192, 232, 512): times,
-        (2, 3): times_few,
-        (4, 8): times_unpacked,
-        (9, 191, 231, 513): times_transposed,
+        (1,): times,
+        (2, 3, 4, 8): times_unpacked,
+        (9, 32, 33, 191, 192, 512, 513): times_transposed,
     }
     kernels(True, True)
     assert strategies(rows) == {
         (1,): times_one,
+        (2, 3, 4, 8, 9, 32): times_unpacked,
+        (33, 191, 192, 512, 513): times_transposed,
+    }
+    wide: np.ndarray = np.ones((4, 4096), np.float32)
+    assert strategy(28, wide) is times_unpacked  # 8 x 28 x 4096 < 950,000
+    assert strategy(29, wide) is times_transposed
+
+
+def test_with_avx512_in_two_halves_up_to_191_rows_are_multiplied_without_copies(
+    kernels: Callable[..., None],
+) -> None:
+    rows = (1, 2, 3, 4, 8, 9, 191, 192, 193, 512)
+    kernels(True, False, halves=True)
+    assert strategies(rows) == {
+        (1, 192, 512): times,
         (2, 3): times_few,
-        (4, 8, 9, 191, 231): times_unpacked,  # 8 x 231 x 512 < 950,000
-        (513,): times_transposed,
-        (192, 232, 512): times,  # as its result lies row by row
+        (4, 8): times_unpacked,
+        (9, 191, 193): times_transposed,
+    }
+    kernels(True, True, halves=True)
+    assert strategies(rows) == {
+        (1,): times_one,
+        (2, 3): times_few,
+        (4, 8, 9, 191): times_unpacked,
+        (192, 512): times,  # as its result lies row by row
+        (193,): times_transposed,
     }
 
 
 @pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("one_thread", [False, True])
 def test_a_block_just_widened_lies_in_the_cache_of_one_core(
-    avx512: bool, one_thread: bool, kernels: Callable[[bool, bool], None]
+    avx512: bool, one_thread: bool, kernels: Callable[..., None]
 ) -> None:
     kernels(avx512, one_thread)
     assert {strategy(M, to_bf16(WEIGHT)) for M in (0, 1, 2, 8, 512)} == {times_bf16}
