@@ -8,13 +8,14 @@ for SkylakeX; two threads, an AMD EPYC; `tests/bench_linear.py` measures it agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from llama_np.memory import Scratch
-from llama_np.precision import is_bf16, widen_bf16
-from llama_np.processor import halves_avx512
+from llama_np.precision import is_bf16, places_to_widen
+from llama_np.processor import halves_avx512, second_level_cache
 from llama_np.threads import BLAS_LIMIT, avx512_kernels
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -33,6 +34,8 @@ SMALL_TRANSPOSED = 1200  # numbers in a product that OpenBLAS calls small if b i
 FEW_QUERIES = 64  # rows of attention; for more a copy of the keys pays
 BLOCK_BYTES = 1 << 19  # of weights; a block stays in the second-level cache between two uses
 BF16_BLOCK = 1 << 20  # bfloat16 weights that are widened at a time
+BF16_BLOCK_IN_CACHE = 1 << 17  # the same if they are to stay in the second-level cache
+LARGE_CACHE = 1 << 21  # bytes of a second-level cache in which they had better stay
 WIDENED = Scratch(2 * BF16_BLOCK + 2)
 
 
@@ -187,14 +190,38 @@ def times_bf16(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     takes twice as long, as the block lies in the first one's cache. With the worker processes of
     `workers` it takes 15 ms, as one row of float32.
     """
-    step = max(1, BF16_BLOCK // weight.shape[1])
     product = np.empty((len(rows), len(weight)), rows.dtype)
     times_wide = cached_strategy(len(rows), weight.shape[1])
-    for start in range(0, len(weight), step):
-        block = weight[start : start + step]
-        wide = widen_bf16(block, WIDENED.take(2 * block.size + 2))
-        product[:, start : start + step] = times_wide(rows, wide)
+    for part, places, wide in blocks_to_widen(len(rows), weight, WIDENED):
+        places[...] = weight[part]
+        product[:, part] = times_wide(rows, wide)
     return product
+
+
+def blocks_to_widen(
+    row_count: int, weight: np.ndarray, scratch: Scratch
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Block after block: which rows of a weight, where to put their bits, and the numbers there."""
+    block = _block(row_count)
+    step = max(1, block // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, min(start + step, len(weight)))
+        shape = (part.stop - start, weight.shape[1])
+        halves = scratch.take(2 * math.prod(shape) + 2, within=2 * block + 2)
+        yield part, *places_to_widen(shape, halves)
+
+
+def _block(row_count: int) -> int:
+    """How many bfloat16 weights to widen at a time, and to keep memory for.
+
+    Writing to memory that lies in the second-level cache slows down the reading of weights on a
+    Zen 4 (1 MiB, and a fast third level): with two worker processes one row takes 15 ms if the
+    memory is larger, otherwise 18. On an Intel Xeon (Emerald Rapids: 2 MiB, and a slow third
+    level) a token takes 28 ms if the memory fits, otherwise 35. For more rows BLAS's copies of
+    them for every block cost more than that.
+    """
+    stays = row_count == 1 and second_level_cache() >= LARGE_CACHE
+    return BF16_BLOCK_IN_CACHE if stays else BF16_BLOCK
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -7,14 +7,21 @@ rows of these weights each time. Numbers travel over a board of shared memory.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
-from llama_np.linear import FEW_ALONE, Product, strategy
-from llama_np.memory import LINE
+from llama_np.linear import (
+    BF16_BLOCK,
+    FEW_ALONE,
+    Product,
+    blocks_to_widen,
+    strategy,
+    times_bf16,
+)
+from llama_np.memory import LINE, Scratch
 from llama_np.precision import is_bf16
 from llama_np.threads import avx512_kernels
 
@@ -25,6 +32,7 @@ READ_AHEAD = 4 << 20  # bytes of weights that a waiting process reads: they fit 
 LINES_AT_ONCE = 1024  # lines read between two looks for work: about 3 us
 
 Job = list[np.ndarray]
+Step = Callable[[], object]
 
 
 def most_rows(job: Job) -> int:
@@ -70,12 +78,43 @@ class Task:
 
     rows: np.ndarray
     products: list[tuple[int, np.ndarray]]  # of all processes, with id(weight)
-    steps: list[tuple[Product, np.ndarray, np.ndarray]]  # own: how, weights, product
+    weights: list[np.ndarray]  # this process's share
+    steps: list[Step]  # that multiply the rows with them
 
     def do(self) -> None:
         """Multiply the rows with this process's share of the weights."""
-        for multiply, weights, product in self.steps:
-            product[...] = multiply(self.rows, weights)
+        for step in self.steps:
+            step()
+
+
+def steps(
+    rows: np.ndarray, weights: np.ndarray, product: np.ndarray, scratch: Scratch
+) -> list[Step]:
+    """What multiplies whatever will stand in `rows` with the weights, into `product`.
+
+    For one row all views of memory are made beforehand: a token takes 29 ms instead of 33 with 135
+    million weights in bfloat16 (Intel Xeon, two cores).
+    """
+    multiply = strategy(len(rows), weights)
+    if len(rows) > 1:
+        return [partial(_multiply, multiply, rows, weights, product)]
+    (row,), (result,) = rows, product
+    if multiply is not times_bf16:
+        return [partial(np.vecdot, row, weights, out=result)]
+    return [
+        step
+        for part, places, wide in blocks_to_widen(1, weights, scratch)
+        for step in (
+            partial(np.copyto, places, weights[part]),
+            partial(np.dot, wide, row, out=result[part]),
+        )
+    ]
+
+
+def _multiply(
+    multiply: Product, rows: np.ndarray, weights: np.ndarray, product: np.ndarray
+) -> None:
+    product[...] = multiply(rows, weights)
 
 
 class Desk:
@@ -83,18 +122,21 @@ class Desk:
 
     def __init__(self, board: Board, jobs: list[Job], number: int, processes: int) -> None:
         self.board, self.jobs, self.number, self.processes = board, jobs, number, processes
+        self.scratch = Scratch(2 * BF16_BLOCK + 2)
         self.task = cache(self._task)  # making arrays takes longer than finding them
 
     def _task(self, number: int, M: int, itemsize: int) -> Task:
         job, first = self.jobs[number], 0
-        products, steps = [], []
+        rows = self.board.rows(M, _width(job), itemsize)
+        products, shares, todo = [], [], []
         for weight, cut in zip(job, self.cuts(job), strict=True):
             product = self.board.product(M, first, len(weight), itemsize)
             products.append((id(weight), product))
             if cut.start < cut.stop:
-                steps.append((strategy(M, weight), weight[cut], product[:, cut]))
+                shares.append(weight[cut])
+                todo += steps(rows, weight[cut], product[:, cut], self.scratch)
             first += len(weight)
-        return Task(self.board.rows(M, _width(job), itemsize), products, steps)
+        return Task(rows, products, shares, todo)
 
     def cuts(self, job: Job) -> list[slice]:
         """This process's rows of every weight: an equal share of all rows of the job."""
@@ -126,7 +168,7 @@ class ReadAhead:
     def _read(self) -> Iterator[None]:
         task, left = self.next_of.get(self.last), READ_AHEAD // LINE
         while task is not None and left > 0:
-            for _, weights, _ in task.steps:
+            for weights in task.weights:
                 if weights.flags.c_contiguous:  # to flatten others would mean to copy them
                     lines = weights.reshape(-1).view(np.uint8)[::LINE]  # one byte of each
                     for start in range(0, min(len(lines), left), LINES_AT_ONCE):

@@ -74,9 +74,9 @@ def test_stacks_of_matrices_are_multiplied_one_by_one(
         np.testing.assert_allclose(product, times(rows, weight), atol=1e-13)
 
 
-@given(SIZES, st.sampled_from([1, 100, 1 << 20]))
+@given(SIZES, st.sampled_from([1, 100, 1 << 20]), st.booleans())
 def test_weights_at_rest_equal_their_widened_selves(
-    sizes: tuple[int, int, int], block: int
+    sizes: tuple[int, int, int], block: int, stays_in_cache: bool
 ) -> None:
     rows, weight = arrays(*sizes, np.float32)
     bits = to_bf16(weight)
@@ -84,7 +84,9 @@ def test_weights_at_rest_equal_their_widened_selves(
     expected = rows.astype(np.float64) @ wide.T
     # float32: 40 products of order 1, each rounded to 6e-8 of the sum of their magnitudes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BF16_BLOCK", block)
+        cache = module.LARGE_CACHE if stays_in_cache else module.LARGE_CACHE - 1
+        patch.setattr(module, "second_level_cache", lambda: cache)
+        patch.setattr(module, "BF16_BLOCK_IN_CACHE" if stays_in_cache else "BF16_BLOCK", block)
         np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
         exact = times_bf16(rows.astype(np.float64), bits)
         np.testing.assert_allclose(exact, expected, atol=1e-13)

@@ -7,8 +7,12 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from llama_np.memory import LINE, Scratch, empty_in_one_block
+from llama_np.precision import places_to_widen, widen_bf16
 
 CACHE_LINE = LINE // 2  # numbers of 16 bits
 
@@ -43,25 +47,49 @@ def test_temporary_arrays_cause_few_page_faults() -> None:
 
 def test_scratch_is_handed_out_in_turn() -> None:
     scratch = Scratch(4 * CACHE_LINE)
-    pieces = [scratch.take(CACHE_LINE + 1) for _ in range(3)]
+    pieces = [scratch.take(CACHE_LINE + 1, within=4 * CACHE_LINE) for _ in range(3)]
     assert [len(piece) for piece in pieces] == [CACHE_LINE + 1] * 3
     assert not np.shares_memory(pieces[0], pieces[1])
     assert np.shares_memory(pieces[0], pieces[2])  # the end was reached
 
 
+def test_scratch_is_handed_out_within_a_part_of_it() -> None:
+    scratch = Scratch(100 * CACHE_LINE)
+    pieces = [scratch.take(CACHE_LINE, within=2 * CACHE_LINE) for _ in range(3)]
+    assert not np.shares_memory(pieces[0], pieces[1])
+    assert np.shares_memory(pieces[0], pieces[2])
+
+
 def test_scratch_grows_for_a_piece_larger_than_all_of_it() -> None:
     scratch = Scratch(CACHE_LINE)
-    assert len(scratch.take(5 * CACHE_LINE)) == 5 * CACHE_LINE
-    assert len(scratch.take(1)) == 1
+    for count in (5 * CACHE_LINE, 1):
+        assert len(scratch.take(count, within=CACHE_LINE)) == count
 
 
 def test_every_thread_has_scratch_of_its_own() -> None:
     scratch = Scratch(CACHE_LINE)
-    mine, others = scratch.take(CACHE_LINE), []
-    thread = threading.Thread(target=lambda: others.append(scratch.take(CACHE_LINE)))
+
+    def take() -> np.ndarray:
+        return scratch.take(CACHE_LINE, within=CACHE_LINE)
+
+    mine, others = take(), []
+    thread = threading.Thread(target=lambda: others.append(take()))
     thread.start()
     thread.join()
     assert len(others) == 1 and not np.shares_memory(mine, others[0])
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 60)), max_size=12), st.data())
+def test_what_was_widened_before_in_the_same_scratch_leaves_no_trace(
+    shapes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    scratch = Scratch(10 * CACHE_LINE)
+    for shape in shapes:
+        bits = data.draw(arrays(np.uint16, shape, elements=st.integers(0, 0x7F80)))  # no NaN
+        halves = scratch.take(2 * bits.size + 2, within=10 * CACHE_LINE)
+        places, numbers = places_to_widen(shape, halves)
+        places[...] = bits
+        np.testing.assert_array_equal(numbers, widen_bf16(bits))
 
 
 def test_arrays_in_one_block_have_their_shapes_and_share_nothing() -> None:

@@ -86,17 +86,23 @@ def shared(weights: dict[str, np.ndarray], request: pytest.FixtureRequest) -> It
     with pytest.MonkeyPatch.context() as patch:
         for module in (linear, tasks):
             patch.setattr(module, "avx512_kernels", lambda: avx512)
+        for name in ("BF16_BLOCK", "BF16_BLOCK_IN_CACHE"):
+            patch.setattr(linear, name, 1000)  # several blocks for most shares of a weight
         with team(weights, processes):
             yield
 
 
-@given(st.integers(0, MOST_ROWS + 2), st.sampled_from(list(matrices())))
-@settings(max_examples=200)
+@given(
+    st.one_of(st.just(1), st.integers(0, MOST_ROWS + 2)),
+    st.sampled_from(list(matrices())),
+    st.booleans(),
+)
+@settings(max_examples=300)
 def test_shared_products_equal_products_of_one_process(
-    weights: dict[str, np.ndarray], shared: None, M: int, name: str
+    weights: dict[str, np.ndarray], shared: None, M: int, name: str, double: bool
 ) -> None:
     weight = weights[name]
-    dtype = np.float64 if "float64" in name else np.float32
+    dtype = np.float64 if double or "float64" in name else np.float32
     rows = np.random.default_rng(M).standard_normal((M, weight.shape[1])).astype(dtype)
     product = linear.linear(rows, weight)
     assert product.dtype == dtype and id(weight) in SHARED
