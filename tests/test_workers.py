@@ -247,15 +247,48 @@ def test_afterwards_everything_is_as_before(weights: dict[str, np.ndarray]) -> N
     assert not SHARED and blas_threads() == count
 
 
-def test_more_rows_than_pay_are_left_to_the_threads_of_blas(
-    weights: dict[str, np.ndarray],
+def test_a_large_prompt_is_left_to_the_threads_of_blas(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     all_threads = blas_threads()
     weight = weights["bfloat16 130"]
     with team(weights) as pair:
+        large = (MOST_ROWS + 1) * sum(w.size for w in weights.values())
+        monkeypatch.setattr(workers, "FEWEST_MULTIPLICATIONS", large)
         for M, expected in ((1, 1), (MOST_ROWS, 1), (MOST_ROWS + 1, all_threads), (1, 1)):
             assert asks_the_workers(pair, M, weight) == (M <= MOST_ROWS)
             assert blas_threads() == expected
+
+
+def test_after_a_small_prompt_the_workers_need_not_wait(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights["bfloat16 130"]
+    monkeypatch.setattr(threads, "AWAKE", 1000.0)
+    with team(weights) as pair:
+        monkeypatch.setattr(threads.BLAS_LIMIT, "asleep", 0.0)
+        assert not asks_the_workers(pair, MOST_ROWS + 1, weight) and blas_threads() == 1
+        assert asks_the_workers(pair, 1, weight)
+
+
+def test_small_prompts_one_after_the_other_are_as_good_as_a_large_one(
+    weights: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_threads = blas_threads()
+    weight, M = weights["bfloat16 130"], MOST_ROWS + 1
+    with team(weights) as pair:
+        one_pass = M * sum(w.size for w in weights.values())
+        passes = (3 * one_pass - 1) // (
+            M * weight.size
+        )  # with this weight only, before it is too much
+        monkeypatch.setattr(workers, "FEWEST_MULTIPLICATIONS", 3 * one_pass)
+        for _ in range(2):
+            for _ in range(passes):
+                asks_the_workers(pair, M, weight)
+                assert blas_threads() == 1
+            asks_the_workers(pair, M, weight)
+            assert blas_threads() == all_threads
+            assert asks_the_workers(pair, 1, weight)  # from now on it counts anew
 
 
 def test_with_avx512_float_weights_are_shared_for_as_many_rows_as_bfloat16_ones(
@@ -290,6 +323,7 @@ def test_workers_wait_until_the_threads_of_blas_sleep(
         assert not asks_the_workers(pair, 1, weight) and blas_threads() == 1
         now = 101.5
         assert asks_the_workers(pair, 1, weight)
+        monkeypatch.setattr(workers, "FEWEST_MULTIPLICATIONS", 0)
         asks_the_workers(pair, MOST_ROWS + 1, weight)  # a prompt: BLAS uses its threads
         assert not asks_the_workers(pair, 1, weight)
         now = 103.0
