@@ -35,7 +35,7 @@ from llama_np.model import ModelWeights, hidden_states, logits
 from llama_np.precision import is_bf16, to_bf16
 from llama_np.processor import processor_name
 from llama_np.tap import stopwatch
-from llama_np.threads import blas_name
+from llama_np.threads import blas_name, blas_threads
 from llama_np.workers import share_products
 
 # Shapes of well-known models, to be measured with random weights.
@@ -118,14 +118,41 @@ def seconds(function: Callable[[], object], runs: int) -> float:
     return statistics.median(durations)
 
 
-def measure_ceilings() -> Ceilings:
-    """Measure both limits in float32 with the threads that BLAS uses now."""
+def measure_ceilings(bytes_read: int) -> Ceilings:
+    """Measure both limits in float32 with the threads that BLAS uses now.
+
+    The matrix of the row-vector product is as large as the weights that a decoding step reads
+    (92 to 537 MB), as smaller ones may lie in a cache where those do not. This is done in a process
+    of its own, so that its arrays do not add to the memory that this one is said to take.
+    """
+    rows = min(max(bytes_read // (4 * WIDTH), FEWEST_ROWS), MOST_ROWS)
+    arguments = [str(rows), str(blas_threads() or 0)]
+    done = subprocess.run(
+        [sys.executable, "-c", CEILINGS, *arguments], capture_output=True, text=True, check=True
+    )
+    return Ceilings(*json.loads(done.stdout))
+
+
+WIDTH = 2048  # of the matrix of the row-vector product
+FEWEST_ROWS, MOST_ROWS = 11264, 65536
+CEILINGS = """
+import json, sys
+from llama_np.bench import ceilings
+from llama_np.threads import limit_threads
+rows, threads = map(int, sys.argv[1:])
+limit_threads(threads or None)
+print(json.dumps(ceilings(rows)))
+"""
+
+
+def ceilings(rows: int) -> tuple[float, float]:
+    """Bytes per second of a row-vector product with so many rows, FLOP/s of a square product."""
     random = np.random.default_rng(0)
-    large = random.standard_normal((11264, 2048), np.float32)
-    row = random.standard_normal((1, 2048), np.float32)
+    large = np.ones((rows, WIDTH), np.float32)
+    row = random.standard_normal((1, WIDTH), np.float32)
     square = random.standard_normal((1536, 1536), np.float32)
     bandwidth = large.nbytes / seconds(lambda: row @ large.T, 15)
-    return Ceilings(bandwidth, 2 * 1536**3 / seconds(lambda: square @ square, 7))
+    return bandwidth, 2 * 1536**3 / seconds(lambda: square @ square, 7)
 
 
 def best_of(a: Ceilings, b: Ceilings) -> Ceilings:
@@ -269,7 +296,6 @@ def bench(
     processes: how many share the products (`workers.share_products`).
     with_profile: say where the time of a decoding step goes.
     """
-    before = measure_ceilings()  # first, so that its arrays do not add to the model's memory
     start = time.perf_counter()
     config, weights = random_model(model, dtype) if model in SHAPES else load(model, dtype)
     loaded = time.perf_counter() - start
@@ -279,22 +305,24 @@ def bench(
     start = time.perf_counter()
     prefill([[1, 2, 3]], weights, config, KVCache(config, dtype=activation_dtype(weights)))
     first = time.perf_counter() - start
+    before = measure_ceilings(weight_bytes(weights))
     with share_products(weights, processes) as used:
         found = measure(config, weights, batches, prompts, context)
         own = peak_memory()
         peak = None if own is None else own + sum(map(private_memory, active_children()))
         parts = [profile(config, weights, b, context) for b in batches if with_profile]
-    ceilings = best_of(before, measure_ceilings())  # another program may have disturbed one
+    after = measure_ceilings(weight_bytes(weights))
+    limits = best_of(before, after)  # another program may have disturbed one
     report: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         "machine": machine(),
-        "ceilings": asdict(ceilings),
+        "ceilings": asdict(limits),
         "load_seconds": loaded,
         "first_token_seconds": first,
         "processes": used,
         "peak_memory_bytes": peak,
-        "measurements": [asdict(m) | {"share_of_limit": m.share_of_limit(ceilings)} for m in found],
+        "measurements": [asdict(m) | {"share_of_limit": m.share_of_limit(limits)} for m in found],
     }
     if with_profile:
         report["profile"] = dict(zip(batches, parts, strict=True))
