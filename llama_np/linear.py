@@ -34,7 +34,7 @@ SMALL_TRANSPOSED = 1200  # numbers in a product that OpenBLAS calls small if b i
 FEW_QUERIES = 64  # rows of attention; for more a copy of the keys pays
 BLOCK_BYTES = 1 << 19  # of weights; a block stays in the second-level cache between two uses
 BF16_BLOCK = 1 << 20  # bfloat16 weights that are widened at a time
-BF16_BLOCK_IN_CACHE = 1 << 17  # the same if they are to stay in the second-level cache
+BF16_BLOCK_IN_CACHE = 3 << 16  # the same if they are to stay in the second-level cache
 LARGE_CACHE = 1 << 21  # bytes of a second-level cache in which they had better stay
 WIDENED = Scratch(2 * BF16_BLOCK + 2)
 
@@ -217,10 +217,10 @@ def _block(row_count: int) -> int:
     Writing to memory that lies in the second-level cache slows down the reading of weights on a
     Zen 4 (1 MiB, and a fast third level): with two worker processes one row takes 15 ms if the
     memory is larger, otherwise 18. On an Intel Xeon (Emerald Rapids: 2 MiB, and a slow third
-    level) a token takes 28 ms if the memory fits, otherwise 35. For more rows BLAS's copies of
-    them for every block cost more than that.
+    level) a token takes 28 ms if the memory fits, otherwise 35, and two 40 instead of 43. For many
+    rows BLAS's copies of them for every block cost more than that.
     """
-    stays = row_count == 1 and second_level_cache() >= LARGE_CACHE
+    stays = row_count <= MOST_UNPACKED and second_level_cache() >= LARGE_CACHE
     return BF16_BLOCK_IN_CACHE if stays else BF16_BLOCK
 
 
