@@ -202,7 +202,7 @@ def blocks_to_widen(
     row_count: int, weight: np.ndarray, scratch: Scratch
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Block after block: which rows of a weight, where to put their bits, and the numbers there."""
-    block = _block(row_count)
+    block = _block(row_count, weight.shape[1])
     step = max(1, block // weight.shape[1])
     for start in range(0, len(weight), step):
         part = slice(start, min(start + step, len(weight)))
@@ -211,16 +211,16 @@ def blocks_to_widen(
         yield part, *places_to_widen(shape, halves)
 
 
-def _block(row_count: int) -> int:
+def _block(row_count: int, width: int) -> int:
     """How many bfloat16 weights to widen at a time, and to keep memory for.
 
     Writing to memory that lies in the second-level cache slows down the reading of weights on a
     Zen 4 (1 MiB, and a fast third level): with two worker processes one row takes 15 ms if the
     memory is larger, otherwise 18. On an Intel Xeon (Emerald Rapids: 2 MiB, and a slow third
-    level) a token takes 28 ms if the memory fits, otherwise 35, and two 40 instead of 43. For many
-    rows BLAS's copies of them for every block cost more than that.
+    level) a token takes 28 ms if the memory fits, otherwise 35, and two 40 instead of 43. That
+    holds as long as BLAS does not copy the rows for every block.
     """
-    stays = row_count <= MOST_UNPACKED and second_level_cache() >= LARGE_CACHE
+    stays = _unpacked_pays(row_count, width) and second_level_cache() >= LARGE_CACHE
     return BF16_BLOCK_IN_CACHE if stays else BF16_BLOCK
 
 

@@ -86,7 +86,8 @@ def test_weights_at_rest_equal_their_widened_selves(
     with pytest.MonkeyPatch.context() as patch:
         cache = module.LARGE_CACHE if stays_in_cache else module.LARGE_CACHE - 1
         patch.setattr(module, "second_level_cache", lambda: cache)
-        patch.setattr(module, "BF16_BLOCK_IN_CACHE" if stays_in_cache else "BF16_BLOCK", block)
+        for name in ("BF16_BLOCK_IN_CACHE", "BF16_BLOCK"):
+            patch.setattr(module, name, block)
         np.testing.assert_allclose(times_bf16(rows, bits), expected, atol=1e-4)
         exact = times_bf16(rows.astype(np.float64), bits)
         np.testing.assert_allclose(exact, expected, atol=1e-13)
