@@ -118,6 +118,18 @@ def seconds(function: Callable[[], object], runs: int) -> float:
     return statistics.median(durations)
 
 
+WIDTH = 2048  # of the matrix of the row-vector product
+FEWEST_ROWS, MOST_ROWS = 11264, 65536
+CEILINGS = """
+import json, sys
+from llama_np.bench import ceilings
+from llama_np.threads import limit_threads
+rows, threads = map(int, sys.argv[1:])
+limit_threads(threads or None)
+print(json.dumps(ceilings(rows)))
+"""
+
+
 def measure_ceilings(bytes_read: int) -> Ceilings:
     """Measure both limits in float32 with the threads that BLAS uses now.
 
@@ -131,18 +143,6 @@ def measure_ceilings(bytes_read: int) -> Ceilings:
         [sys.executable, "-c", CEILINGS, *arguments], capture_output=True, text=True, check=True
     )
     return Ceilings(*json.loads(done.stdout))
-
-
-WIDTH = 2048  # of the matrix of the row-vector product
-FEWEST_ROWS, MOST_ROWS = 11264, 65536
-CEILINGS = """
-import json, sys
-from llama_np.bench import ceilings
-from llama_np.threads import limit_threads
-rows, threads = map(int, sys.argv[1:])
-limit_threads(threads or None)
-print(json.dumps(ceilings(rows)))
-"""
 
 
 def ceilings(rows: int) -> tuple[float, float]:

@@ -28,7 +28,7 @@ def processor_name() -> str:
 
 @cache
 def halves_avx512() -> bool:
-    """Whether it computes AVX-512 in two halves, as AMD's Zen 4 does (family 25 in cpuid).
+    """Whether it computes AVX-512, if it has it, in two halves, as AMD's Zen 4 does (family 25).
 
     Such a processor multiplies half as fast as it could, so that reading numbers in the order in
     which they lie is fast enough. Windows gives the family in the processor's name.

@@ -1,7 +1,9 @@
 """The benchmark measures what it says; no speed is asserted."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from llama_np.bench import (
     Measurement,
     best_of,
     measure,
+    measure_ceilings,
     prefill_operations,
     random_model,
     table,
@@ -23,6 +26,7 @@ from llama_np.bench import (
 from llama_np.checkpoint import expected_shapes
 from llama_np.cli import main
 from llama_np.tap import record
+from llama_np.threads import blas_threads
 
 
 def test_a_step_reads_every_weight_once_and_a_tied_table_as_the_head() -> None:
@@ -91,3 +95,25 @@ def test_the_command_prints_a_table_a_json_object_and_a_plot(
     text = table(report | {"transformers": report["measurements"]})
     assert "a step for 2, " in text
     assert text.count("1.00x") == 3
+
+
+@pytest.mark.parametrize(
+    ("bytes_read", "rows"), [(0, 11264), (8192 * 20_000, 20_000), (10**12, 65536)]
+)
+def test_bandwidth_is_measured_with_as_many_bytes_as_the_weights_within_limits(
+    bytes_read: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="[2.0, 3.0]")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert measure_ceilings(bytes_read) == Ceilings(2.0, 3.0)
+    assert commands[0][-2:] == [str(rows), str(blas_threads() or 0)]
+
+
+def test_limits_are_measured_in_another_process() -> None:
+    found = measure_ceilings(0)
+    assert found.bytes_per_second > 0 and found.flops_per_second > 0
